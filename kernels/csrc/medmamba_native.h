@@ -1,0 +1,83 @@
+/* The C interface of the native CPU back end. Plain C, no Python, no torch: loaded with ctypes.
+
+   Shapes: Bt batch, L tokens, Ch channels, K routes, N states. Strides are in elements and may be anything for the
+   first axes; the last axis of every array is contiguous. "T" is float (dtype 0) or double (dtype 1). */
+#ifndef MEDMAMBA_NATIVE_H
+#define MEDMAMBA_NATIVE_H
+
+#include <stdint.h>
+
+#if defined(_WIN32)
+#define MEDMAMBA_API __declspec(dllexport)
+#else
+#define MEDMAMBA_API __attribute__((visibility("default")))
+#endif
+
+#define MEDMAMBA_ABI_VERSION 1
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum medmamba_status {
+    MEDMAMBA_OK = 0,
+    MEDMAMBA_BAD_STRUCT = 1,      /* struct_size differs: library and loader are from different versions */
+    MEDMAMBA_BAD_SIZE = 2,        /* a negative size, no route, no state, or sizes whose product overflows 64 bits */
+    MEDMAMBA_BAD_OPTION = 3,      /* dtype, merge or thread count out of range */
+    MEDMAMBA_BAD_POINTER = 4,     /* a required array is null, or not aligned to its element */
+    MEDMAMBA_BAD_ORDER = 5,       /* the order table holds an index outside 0..L-1 */
+    MEDMAMBA_OUT_OF_MEMORY = 6,   /* scratch memory could not be allocated */
+    MEDMAMBA_ISA_UNAVAILABLE = 7, /* MEDMAMBA_NATIVE_ISA names something unknown or not supported by this CPU */
+};
+
+typedef struct medmamba_scan {
+    int64_t struct_size; /* sizeof(medmamba_scan), set by the caller */
+    int64_t batch, length, channels, routes, states;
+    int32_t dtype;    /* 0 float, 1 double */
+    int32_t softplus; /* dt' = softplus(dt + bias) instead of dt + bias */
+    int32_t merge;    /* 0: y (Bt, L, Ch), summed over routes; 1: y (Bt, K, L, Ch) */
+    int32_t threads;  /* upper bound; small calls use one */
+
+    const void *x;          /* T (Bt, L, Ch) */
+    const void *dt;         /* T (Bt, L, K, Ch) */
+    const void *A;          /* T (K, Ch, N), contiguous */
+    const void *B;          /* T (Bt, L, K, N) */
+    const void *C;          /* T (Bt, L, K, N) */
+    const void *D;          /* T (K, Ch), contiguous, or null */
+    const void *dt_bias;    /* T (K, Ch), contiguous, or null */
+    const uint8_t *mask;    /* (Bt, L), contiguous, 0 = the token is skipped, or null */
+    const int32_t *order;   /* (K, L), contiguous: route k visits token order[k][p] at step p */
+    const uint8_t *starts;  /* (K, L), contiguous, nonzero = state reset before step p, or null */
+    int64_t x_stride[2];    /* batch, token */
+    int64_t dt_stride[3];   /* batch, token, route */
+    int64_t B_stride[3];
+    int64_t C_stride[3];
+
+    void *y;          /* forward out, T, contiguous, every element is written */
+    void *checkpoint; /* forward out (may be null: inference), backward in; medmamba_scan_checkpoint_size elements */
+
+    const void *dy; /* T, shape of y */
+    int64_t dy_stride[3]; /* batch, route (0 for merge = sum), token */
+    void *dx;       /* T (Bt, L, Ch), contiguous, as all gradients */
+    void *ddt;      /* T (Bt, L, K, Ch) */
+    void *dA;       /* T (K, Ch, N) */
+    void *dB;       /* T (Bt, L, K, N) */
+    void *dC;       /* T (Bt, L, K, N) */
+    void *dD;       /* T (K, Ch) or null */
+    void *ddt_bias; /* T (K, Ch) or null */
+} medmamba_scan;
+
+MEDMAMBA_API int32_t medmamba_abi_version(void);
+/* Name of the instruction set in use ("avx512", "avx2", "baseline"), or null if MEDMAMBA_NATIVE_ISA cannot be met. */
+MEDMAMBA_API const char *medmamba_isa(void);
+MEDMAMBA_API const char *medmamba_status_text(int32_t status);
+/* Elements of T that the checkpoint array needs, or -1 for invalid sizes. */
+MEDMAMBA_API int64_t medmamba_scan_checkpoint_size(const medmamba_scan *scan);
+MEDMAMBA_API int32_t medmamba_scan_forward(const medmamba_scan *scan);
+MEDMAMBA_API int32_t medmamba_scan_backward(const medmamba_scan *scan);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

@@ -1,0 +1,276 @@
+// Entry points of the library: checks, choice of the instruction set, division of the work, threads.
+
+#include "kernels.h"
+
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <thread>
+#include <vector>
+
+namespace medmamba {
+
+void wait_for_team(int attempt) {
+    // The others are computing, not blocked: yield, and sleep only when the machine is oversubscribed.
+    if (attempt < 1000)
+        std::this_thread::yield();
+    else
+        std::this_thread::sleep_for(std::chrono::microseconds(50));
+}
+
+namespace {
+
+// --- instruction set ---------------------------------------------------------------------------------------------
+
+bool supported(const Kernels &kernels) {
+#if defined(MEDMAMBA_X86)
+    __builtin_cpu_init();
+    if (&kernels == &kernels_avx512)
+        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+               __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+               __builtin_cpu_supports("fma");
+    if (&kernels == &kernels_avx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#endif
+    return &kernels == &kernels_baseline;
+}
+
+const Kernels *choose() {
+    const Kernels *const all[] = {
+#if defined(MEDMAMBA_X86)
+        &kernels_avx512, &kernels_avx2,
+#endif
+        &kernels_baseline};
+    const char *wanted = std::getenv("MEDMAMBA_NATIVE_ISA");
+    for (const Kernels *kernels : all)
+        if ((!wanted || !*wanted || std::strcmp(wanted, kernels->name) == 0) && supported(*kernels)) return kernels;
+    return nullptr;
+}
+
+const Kernels *active() {
+    static const Kernels *const chosen = choose();
+    return chosen;
+}
+
+// --- checks ------------------------------------------------------------------------------------------------------
+
+bool product_fits(std::initializer_list<int64_t> factors) {
+    int64_t product = 16; // bytes of the largest element, and room for padding to a vector
+    for (int64_t f : factors)
+        if (__builtin_mul_overflow(product, f > 0 ? f : 1, &product)) return false;
+    return true;
+}
+
+int32_t check_sizes(const medmamba_scan *s) {
+    if (!s || s->struct_size != int64_t(sizeof(medmamba_scan))) return MEDMAMBA_BAD_STRUCT;
+    if (s->batch < 0 || s->length < 0 || s->channels < 0 || s->routes < 1 || s->states < 1) return MEDMAMBA_BAD_SIZE;
+    if (s->length > INT32_MAX || s->states > (int64_t(1) << 20)) return MEDMAMBA_BAD_SIZE;
+    if (!product_fits({s->batch, s->length + kBlock, s->routes, s->channels + 16, s->states + 16})) return MEDMAMBA_BAD_SIZE;
+    if (s->dtype < 0 || s->dtype > 1 || s->merge < 0 || s->merge > 1 || s->threads < 1) return MEDMAMBA_BAD_OPTION;
+    return MEDMAMBA_OK;
+}
+
+bool usable(const void *pointer, size_t alignment, bool required) {
+    if (!pointer) return !required;
+    return reinterpret_cast<uintptr_t>(pointer) % alignment == 0;
+}
+
+int32_t check_order(const medmamba_scan &s) {
+    uint32_t largest = 0; // a negative index is a large unsigned one
+    for (int64_t i = 0; i < s.routes * s.length; ++i) {
+        const uint32_t token = uint32_t(s.order[i]);
+        largest = token > largest ? token : largest;
+    }
+    return int64_t(largest) < s.length ? MEDMAMBA_OK : MEDMAMBA_BAD_ORDER;
+}
+
+bool is_empty(const medmamba_scan &s) { return s.batch == 0 || s.length == 0 || s.channels == 0; }
+
+int32_t check_arrays(const medmamba_scan &s, bool backward) {
+    const size_t element = s.dtype == 0 ? sizeof(float) : sizeof(double);
+    for (const void *p : {s.x, s.dt, s.A, s.B, s.C})
+        if (!usable(p, element, true)) return MEDMAMBA_BAD_POINTER;
+    for (const void *p : {s.D, s.dt_bias})
+        if (!usable(p, element, false)) return MEDMAMBA_BAD_POINTER;
+    if (!usable(s.order, sizeof(int32_t), true)) return MEDMAMBA_BAD_POINTER;
+    if (!backward && (!usable(s.y, element, true) || !usable(s.checkpoint, element, false))) return MEDMAMBA_BAD_POINTER;
+    if (backward) {
+        for (const void *p : {(const void *)s.checkpoint, s.dy, (const void *)s.dx, (const void *)s.ddt,
+                              (const void *)s.dA, (const void *)s.dB, (const void *)s.dC})
+            if (!usable(p, element, true)) return MEDMAMBA_BAD_POINTER;
+        for (const void *p : {s.dD, s.ddt_bias})
+            if (!usable(p, element, false)) return MEDMAMBA_BAD_POINTER;
+    }
+    return check_order(s);
+}
+
+// --- work --------------------------------------------------------------------------------------------------------
+
+struct FreeDeleter {
+    void operator()(char *p) const { ::operator delete(p, std::align_val_t(64)); }
+};
+typedef std::unique_ptr<char, FreeDeleter> Memory;
+
+Memory allocate(int64_t bytes) {
+    return Memory(static_cast<char *>(::operator new(size_t(bytes > 0 ? bytes : 64), std::align_val_t(64))));
+}
+
+struct Division {
+    int64_t teams, team_size;
+};
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Teams of equal size; each takes a share of the batch and divides the channel groups among its members.
+Division divide(int64_t threads, int64_t batch, int64_t groups) {
+    Division best = {1, 1};
+    int64_t least = batch * groups;
+    for (int64_t teams = 1; teams <= threads && teams <= batch; ++teams) {
+        const int64_t size = threads / teams < groups ? threads / teams : groups;
+        const int64_t longest = ceil_div(batch, teams) * ceil_div(groups, size);
+        // At equal length more teams are better: they do not wait for one another.
+        if (longest < least || (longest == least && teams * size > 1)) {
+            least = longest;
+            best = {teams, size};
+        }
+    }
+    return best;
+}
+
+// Threads for a call of this size: one per half millisecond of work, and none below a millisecond.
+int64_t thread_count(const medmamba_scan &s, bool backward) {
+    const double ns = double(s.batch) * double(s.length) * double(s.routes) * double(s.channels) *
+                      (1.0 + 0.25 * double(s.states)) * (backward ? 2.5 : 1.0);
+    const double worth = ns / 0.5e6;
+    if (worth < 2) return 1;
+    return worth < double(s.threads) ? int64_t(worth) : s.threads;
+}
+
+// Runs task(0..count-1), each on its own thread, this one included. False if a thread could not be started; then no
+// task has run.
+template <class Task> bool run_all(int64_t count, const Task &task) {
+    enum { kWait, kGo, kCancel };
+    std::atomic<int> gate{kWait};
+    std::vector<std::thread> threads;
+    bool started = true;
+    try {
+        threads.reserve(size_t(count - 1));
+        for (int64_t i = 1; i < count; ++i)
+            threads.emplace_back([&gate, &task, i] {
+                int state;
+                while ((state = gate.load(std::memory_order_acquire)) == kWait) std::this_thread::yield();
+                if (state == kGo) task(i);
+            });
+    } catch (...) {
+        started = false;
+    }
+    gate.store(started ? kGo : kCancel, std::memory_order_release);
+    if (started) task(0);
+    for (std::thread &thread : threads) thread.join();
+    return started;
+}
+
+int32_t run(const medmamba_scan &s, const Kernels &kernels, bool backward, int64_t max_threads) {
+    const int64_t groups = kernels.groups(s);
+    const Division division = divide(max_threads, s.batch, groups);
+    const int64_t count = division.teams * division.team_size;
+    const int64_t per_member = ceil_div(groups, division.team_size);
+    const int64_t scratch = backward ? kernels.backward_scratch(s, per_member) : kernels.forward_scratch(s, per_member);
+    // Slots for a team of one only hold the block at hand; larger teams drift apart by up to this many blocks.
+    const int64_t slots = backward ? (division.team_size > 1 ? 8 : 1) : 0;
+    const int64_t slot = backward ? kernels.slot_bytes(s) : 0;
+    const int64_t sums = backward ? kernels.sums_bytes(s) : 0;
+
+    const Memory scratch_memory = allocate(count * scratch);
+    const Memory ring_memory = allocate(division.teams * slots * slot);
+    const Memory sums_memory = allocate(sums);
+    std::vector<RingSlot> ring_state(size_t(division.teams * slots));
+    std::vector<Member> members{size_t(count)};
+    std::memset(sums_memory.get(), 0, size_t(sums));
+    for (int64_t i = 0; i < count; ++i) {
+        const int64_t team = i / division.team_size, place = i % division.team_size;
+        Member &m = members[size_t(i)];
+        m.batch_begin = s.batch * team / division.teams;
+        m.batch_end = s.batch * (team + 1) / division.teams;
+        m.group_begin = groups * place / division.team_size;
+        m.group_end = groups * (place + 1) / division.team_size;
+        m.team_size = division.team_size;
+        m.scratch = scratch_memory.get() + i * scratch;
+        m.ring = ring_memory.get() + team * slots * slot;
+        m.ring_state = ring_state.data() + team * slots;
+        m.ring_slots = slots;
+        m.sums = sums_memory.get();
+    }
+    const bool ran = run_all(count, [&](int64_t i) {
+        backward ? kernels.backward(s, members[size_t(i)]) : kernels.forward(s, members[size_t(i)]);
+    });
+    if (!ran) return run(s, kernels, backward, 1);
+    if (backward) kernels.finish_backward(s, sums_memory.get());
+    return MEDMAMBA_OK;
+}
+
+void zero_parameter_gradients(const medmamba_scan &s) {
+    const size_t element = s.dtype == 0 ? sizeof(float) : sizeof(double);
+    const size_t count = size_t(s.routes * s.channels) * element;
+    if (s.dA) std::memset(s.dA, 0, count * size_t(s.states));
+    if (s.dD) std::memset(s.dD, 0, count);
+    if (s.ddt_bias) std::memset(s.ddt_bias, 0, count);
+}
+
+int32_t call(const medmamba_scan *s, bool backward) {
+    const Kernels *kernels = active();
+    if (!kernels) return MEDMAMBA_ISA_UNAVAILABLE;
+    if (int32_t status = check_sizes(s)) return status;
+    if (is_empty(*s)) {
+        if (backward) zero_parameter_gradients(*s);
+        return MEDMAMBA_OK;
+    }
+    if (int32_t status = check_arrays(*s, backward)) return status;
+    try {
+        return run(*s, *kernels, backward, thread_count(*s, backward));
+    } catch (...) {
+        return MEDMAMBA_OUT_OF_MEMORY;
+    }
+}
+
+} // namespace
+} // namespace medmamba
+
+extern "C" {
+
+int32_t medmamba_abi_version(void) { return MEDMAMBA_ABI_VERSION; }
+
+const char *medmamba_isa(void) {
+    const medmamba::Kernels *kernels = medmamba::active();
+    return kernels ? kernels->name : nullptr;
+}
+
+const char *medmamba_status_text(int32_t status) {
+    switch (status) {
+    case MEDMAMBA_OK: return "ok";
+    case MEDMAMBA_BAD_STRUCT: return "library and loader are from different versions; reinstall medmamba";
+    case MEDMAMBA_BAD_SIZE: return "a size is negative, zero where it must not be, or too large to address";
+    case MEDMAMBA_BAD_OPTION: return "dtype, merge or the number of threads is out of range";
+    case MEDMAMBA_BAD_POINTER: return "an array is missing or not aligned to its element type";
+    case MEDMAMBA_BAD_ORDER: return "the order table holds an index outside 0..L-1";
+    case MEDMAMBA_OUT_OF_MEMORY: return "scratch memory could not be allocated";
+    case MEDMAMBA_ISA_UNAVAILABLE: return "MEDMAMBA_NATIVE_ISA names an instruction set this CPU or build does not have";
+    default: return "unknown status";
+    }
+}
+
+int64_t medmamba_scan_checkpoint_size(const medmamba_scan *scan) {
+    if (medmamba::check_sizes(scan) != MEDMAMBA_OK) return -1;
+    // The same for every instruction set: channels padded to the widest vector.
+    const int64_t blocks = (scan->length + medmamba::kBlock - 1) / medmamba::kBlock;
+    return scan->batch * scan->routes * blocks * scan->states * ((scan->channels + 15) / 16 * 16);
+}
+
+int32_t medmamba_scan_forward(const medmamba_scan *scan) { return medmamba::call(scan, false); }
+
+int32_t medmamba_scan_backward(const medmamba_scan *scan) { return medmamba::call(scan, true); }
+
+} // extern "C"

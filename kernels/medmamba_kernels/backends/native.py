@@ -1,0 +1,335 @@
+"""Selective scan on the CPU through the compiled library ``_native`` (sources in ``kernels/csrc``).
+
+The library has a plain C interface and knows neither Python nor torch; it is found next to the package
+``medmamba_kernels`` and loaded with ctypes, which releases the interpreter lock during a call. It picks AVX-512, AVX2
+or the baseline instruction set when it is first used.
+
+Environment:
+    MEDMAMBA_NATIVE_LIBRARY: path of the library to load instead of the installed one (development, sanitizer builds).
+    MEDMAMBA_NATIVE_ISA: "avx512", "avx2" or "baseline": use exactly this instruction set; read once per process.
+
+Values are computed in float64 when ``x`` is float64 and in float32 otherwise. Results are the same bits for any number
+of threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+ABI_VERSION = 1
+BLOCK = 64  # tokens between two saved states, kBlock in kernels.h
+LIBRARY_NAMES = ("_native.so", "_native.dylib", "_native.pyd", "_native.dll")
+BAD_ORDER = 5
+OUT_OF_MEMORY = 6
+
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
+
+
+class NativeError(RuntimeError):
+    """The native library refused a call or cannot be used; the text says why."""
+
+
+class _Scan(ctypes.Structure):
+    """``medmamba_scan`` of ``kernels/csrc/medmamba_native.h``, field by field."""
+
+    _fields_ = (
+        ("struct_size", ctypes.c_int64),
+        ("batch", ctypes.c_int64),
+        ("length", ctypes.c_int64),
+        ("channels", ctypes.c_int64),
+        ("routes", ctypes.c_int64),
+        ("states", ctypes.c_int64),
+        ("dtype", ctypes.c_int32),
+        ("softplus", ctypes.c_int32),
+        ("merge", ctypes.c_int32),
+        ("threads", ctypes.c_int32),
+        *((name, ctypes.c_void_p) for name in ("x", "dt", "A", "B", "C", "D", "dt_bias", "mask", "order", "starts")),
+        ("x_stride", ctypes.c_int64 * 2),
+        ("dt_stride", ctypes.c_int64 * 3),
+        ("B_stride", ctypes.c_int64 * 3),
+        ("C_stride", ctypes.c_int64 * 3),
+        ("y", ctypes.c_void_p),
+        ("checkpoint", ctypes.c_void_p),
+        ("dy", ctypes.c_void_p),
+        ("dy_stride", ctypes.c_int64 * 3),
+        *((name, ctypes.c_void_p) for name in ("dx", "ddt", "dA", "dB", "dC", "dD", "ddt_bias")),
+    )
+
+
+def library_path() -> Path | None:
+    """The library that would be loaded, or None when the installation has none."""
+    override = os.environ.get("MEDMAMBA_NATIVE_LIBRARY")
+    if override:
+        return Path(override)
+    import medmamba_kernels
+
+    candidates = (Path(folder) / name for folder in medmamba_kernels.__path__ for name in LIBRARY_NAMES)
+    return next((path for path in candidates if path.is_file()), None)
+
+
+@functools.lru_cache(maxsize=1)
+def _load() -> tuple[ctypes.CDLL | None, str]:
+    """The library with its functions declared, or None and the reason."""
+    path = library_path()
+    if path is None:
+        return None, "medmamba was installed without its compiled library (no C++17 compiler at build time?)"
+    try:
+        library = ctypes.CDLL(str(path.resolve()))
+        library.medmamba_abi_version.restype = ctypes.c_int32
+        version = library.medmamba_abi_version()
+    except (OSError, AttributeError) as error:
+        return None, f"{path} cannot be loaded: {error}"
+    if version != ABI_VERSION:
+        return None, f"{path} has interface version {version}, expected {ABI_VERSION}; reinstall medmamba"
+    library.medmamba_isa.restype = ctypes.c_char_p
+    library.medmamba_status_text.restype = ctypes.c_char_p
+    library.medmamba_status_text.argtypes = [ctypes.c_int32]
+    library.medmamba_scan_checkpoint_size.restype = ctypes.c_int64
+    for function in ("medmamba_scan_checkpoint_size", "medmamba_scan_forward", "medmamba_scan_backward"):
+        getattr(library, function).argtypes = [ctypes.POINTER(_Scan)]
+    if library.medmamba_isa() is None:
+        wanted = os.environ.get("MEDMAMBA_NATIVE_ISA")
+        return None, f"MEDMAMBA_NATIVE_ISA={wanted} names an instruction set this CPU or build does not have"
+    return library, ""
+
+
+def _library() -> ctypes.CDLL:
+    library, reason = _load()
+    if library is None:
+        raise NativeError(f"the native back end cannot run: {reason}")
+    return library
+
+
+def unavailable_reason(device: torch.device) -> str | None:
+    """None when the back end works on ``device``, otherwise the reason in one line."""
+    if device.type != "cpu":
+        return f"the native back end computes on the CPU, the tensors are on {device}"
+    library, reason = _load()
+    return None if library is not None else reason
+
+
+def states_shape(
+    batch: int, length: int, routes: int, channels: int, state_size: int, device_type: str
+) -> tuple[int, ...]:
+    """Shape of the saved states: the state at the start of every block of 64 tokens, channels padded to 16.
+
+    The library decides how the values lie inside.
+    """
+    return (batch, routes, -(-length // BLOCK), state_size, -(-channels // 16) * 16)
+
+
+def isa() -> str:
+    """Instruction set in use: "avx512", "avx2" or "baseline" (SSE2 or NEON)."""
+    return _library().medmamba_isa().decode()
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _rows(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """In the compute dtype and with a contiguous last axis; the other axes keep their strides (no copy)."""
+    tensor = tensor.to(dtype)
+    return tensor if tensor.shape[-1] == 1 or tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _check_shape(name: str, tensor: Tensor | None, expected: tuple[int, ...]) -> None:
+    if tensor is None:
+        return
+    if tuple(tensor.shape) != expected:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {expected}")
+    if tensor.device.type != "cpu":
+        raise ValueError(f"{name} is on {tensor.device}, the native back end needs CPU tensors")
+
+
+def _check_table(name: str, tensor: Tensor | None, dtype: torch.dtype) -> None:
+    if tensor is None:
+        return
+    if tensor.dtype != dtype:
+        raise TypeError(f"{name} has dtype {tensor.dtype}, expected {dtype}")
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} must be contiguous")
+
+
+class _Call:
+    """Arguments of one library call: checks, conversions, and the references that keep the arrays alive."""
+
+    def __init__(self, x, dt, A, B, C, D, dt_bias, dt_mask, order, starts, dt_softplus, merge) -> None:
+        if x.dim() != 3 or dt.dim() != 4 or A.dim() != 3:
+            raise ValueError(
+                f"x, dt and A have shapes {tuple(x.shape)}, {tuple(dt.shape)} and {tuple(A.shape)}; "
+                "expected (Bt, L, Ch), (Bt, L, K, Ch) and (K, Ch, N)"
+            )
+        if merge not in ("sum", "none"):
+            raise ValueError(f'merge is {merge!r}, expected "sum" or "none"')
+        batch, length, channels = x.shape
+        routes, _, states = A.shape
+        self.shape = batch, length, channels, routes, states
+        _check_shape("x", x, (batch, length, channels))
+        _check_shape("dt", dt, (batch, length, routes, channels))
+        _check_shape("A", A, (routes, channels, states))
+        _check_shape("B", B, (batch, length, routes, states))
+        _check_shape("C", C, (batch, length, routes, states))
+        _check_shape("D", D, (routes, channels))
+        _check_shape("dt_bias", dt_bias, (routes, channels))
+        _check_shape("dt_mask", dt_mask, (batch, length))
+        _check_shape("order", order, (routes, length))
+        _check_shape("starts", starts, (routes, length))
+        _check_table("order", order, torch.int32)
+        _check_table("starts", starts, torch.bool)
+        if dt_mask is not None and dt_mask.dtype != torch.bool:
+            raise TypeError(f"dt_mask has dtype {dt_mask.dtype}, expected torch.bool")
+
+        self.dtype = _compute_dtype(x)
+        self.merge = merge
+        self._alive: list[Tensor] = []
+        self.scan = scan = _Scan()
+        scan.struct_size = ctypes.sizeof(_Scan)
+        scan.batch, scan.length, scan.channels, scan.routes, scan.states = self.shape
+        scan.dtype = int(self.dtype == torch.float64)
+        scan.softplus = int(dt_softplus)
+        scan.merge = int(merge == "none")
+        scan.threads = torch.get_num_threads()
+        for name, tensor in (("x", x), ("dt", dt), ("B", B), ("C", C)):
+            rows = _rows(tensor, self.dtype)
+            self.point(name, rows)
+            getattr(scan, f"{name}_stride")[:] = rows.stride()[:-1]
+        for name, tensor in (("A", A), ("D", D), ("dt_bias", dt_bias)):
+            self.point(name, None if tensor is None else tensor.to(self.dtype).contiguous())
+        self.point("mask", None if dt_mask is None else dt_mask.contiguous())
+        self.point("order", order)
+        self.point("starts", starts)
+
+    def point(self, name: str, tensor: Tensor | None) -> None:
+        """Set a pointer field; the tensor lives as long as this object."""
+        if tensor is not None:
+            self._alive.append(tensor)
+            setattr(self.scan, name, tensor.data_ptr())
+
+    def empty(self, name: str, *shape: int) -> Tensor:
+        """A new output array, not initialised: the library writes every element."""
+        tensor = torch.empty(shape, dtype=self.dtype)
+        self.point(name, tensor)
+        return tensor
+
+    def run(self, function: str) -> None:
+        library = _library()
+        status = getattr(library, function)(ctypes.byref(self.scan))
+        if status == 0:
+            return
+        message = f"native selective scan, (Bt, L, Ch, K, N) = {self.shape}: "
+        message += library.medmamba_status_text(status).decode()
+        if status == BAD_ORDER:
+            raise ValueError(message)
+        raise MemoryError(message) if status == OUT_OF_MEMORY else NativeError(message)
+
+
+def forward(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_mask: Tensor | None,
+    *,
+    order: Tensor,
+    starts: Tensor | None,
+    dt_softplus: bool,
+    merge: str,
+    save_states: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Scan every route and merge. Shapes: Bt batch, L tokens, Ch channels, K routes, N states.
+
+    Args:
+        x: (Bt, L, Ch), any float dtype and strides; tokens in raster order, as in dt, B, C and dt_mask.
+        dt: (Bt, L, K, Ch) raw step sizes.
+        A: (K, Ch, N), negative.
+        B: (Bt, L, K, N).
+        C: (Bt, L, K, N).
+        D: (K, Ch) or None.
+        dt_bias: (K, Ch) or None.
+        dt_mask: (Bt, L) bool or None; False = the token is not read and passes the state unchanged.
+        order: (K, L) int32, contiguous; every row a permutation of 0..L-1 (only the range is checked).
+        starts: (K, L) bool, contiguous, or None; True = the state is zero before this step of the route.
+        dt_softplus: apply softplus to dt + dt_bias.
+        merge: "sum" or "none".
+        save_states: keep what ``backward`` needs; False (inference) saves K Ch N / 64 values per token.
+
+    Returns:
+        y: (Bt, L, Ch) for "sum", (Bt, K, L, Ch) for "none", float32 (float64 if x is).
+        states: shape ``states_shape(...)``, private to ``backward``; empty without ``save_states``.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype or device does not fit; an order index is out of range.
+        NativeError: the library is missing or refuses the call.
+    """
+    call = _Call(x, dt, A, B, C, D, dt_bias, dt_mask, order, starts, dt_softplus, merge)
+    batch, length, channels, routes, n_states = call.shape
+    y = call.empty("y", batch, *(() if merge == "sum" else (routes,)), length, channels)
+    shape = states_shape(batch, length, routes, channels, n_states, "cpu") if save_states else (0,)
+    states = torch.empty(shape, dtype=call.dtype)
+    if states.numel():
+        call.point("checkpoint", states)
+    call.run("medmamba_scan_forward")
+    return y, states
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_mask: Tensor | None,
+    states: Tensor,
+    *,
+    order: Tensor,
+    starts: Tensor | None,
+    dt_softplus: bool,
+    merge: str,
+) -> Gradients:
+    """Gradients of ``forward`` for the same arguments; ``dy`` has the shape of y and any strides.
+
+    Returns:
+        dx, ddt, dA, dB, dC, dD, ddt_bias in the shapes of the inputs, contiguous, in the compute dtype. dD and
+        ddt_bias are None when the input is None.
+
+    Raises:
+        ValueError: as ``forward``; also states that ``forward`` did not make for these sizes.
+        NativeError: the library is missing or refuses the call.
+    """
+    call = _Call(x, dt, A, B, C, D, dt_bias, dt_mask, order, starts, dt_softplus, merge)
+    batch, length, channels, routes, n_states = call.shape
+    _check_shape("dy", dy, (batch, length, channels) if merge == "sum" else (batch, routes, length, channels))
+    shape = states_shape(batch, length, routes, channels, n_states, "cpu")
+    if states.dtype != call.dtype or tuple(states.shape) != shape:
+        raise ValueError(
+            f"states is {tuple(states.shape)} of {states.dtype}, expected {shape} of {call.dtype}; "
+            "run forward with save_states=True on the same arguments"
+        )
+    call.point("checkpoint", states.contiguous())
+    dy = _rows(dy, call.dtype)
+    call.point("dy", dy)
+    call.scan.dy_stride[:] = (dy.stride(0), 0, dy.stride(1)) if merge == "sum" else dy.stride()[:-1]
+    gradients = (
+        call.empty("dx", batch, length, channels),
+        call.empty("ddt", batch, length, routes, channels),
+        call.empty("dA", routes, channels, n_states),
+        call.empty("dB", batch, length, routes, n_states),
+        call.empty("dC", batch, length, routes, n_states),
+        None if D is None else call.empty("dD", routes, channels),
+        None if dt_bias is None else call.empty("ddt_bias", routes, channels),
+    )
+    call.run("medmamba_scan_backward")
+    return gradients

@@ -1,0 +1,24 @@
+"""Parts that networks are built from. Need torch only."""
+
+from __future__ import annotations
+
+from .channels_last import ChannelsLast
+from .convolution import ConvBlock, conv, conv_transpose, same_padding
+from .drop_path import DropPath, drop_path_rates
+from .parameters import exempt_from_decay, parameter_groups
+from .resample import PatchEmbed, PatchExpand, PatchMerge
+
+__all__ = [
+    "ChannelsLast",
+    "ConvBlock",
+    "DropPath",
+    "PatchEmbed",
+    "PatchExpand",
+    "PatchMerge",
+    "conv",
+    "conv_transpose",
+    "drop_path_rates",
+    "exempt_from_decay",
+    "parameter_groups",
+    "same_padding",
+]

@@ -1,0 +1,25 @@
+"""Token mixers: what happens between the tokens of a scan stage.
+
+A *core* maps (B, L, C) tokens of a (D, H, W) grid to tokens of the same shape. Every network takes the name of a
+core as ``ssm_mode``, so each scan network has its controls: the same network with the scan replaced.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from .identity import IdentityCore
+from .scan import ScanCore
+
+CORES: dict[str, type[nn.Module]] = {"identity": IdentityCore, "scan": ScanCore}
+
+
+def get_core(name: str) -> type[nn.Module]:
+    """The class of a core.
+
+    Raises:
+        KeyError: an unknown name; the message lists the known ones.
+    """
+    if name not in CORES:
+        raise KeyError(f"no ssm_mode {name!r}; known: {', '.join(sorted(CORES))}")
+    return CORES[name]

@@ -1,0 +1,42 @@
+"""What the project says about a network: paper, departures, defaults."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Paper:
+    """Where an architecture comes from."""
+
+    title: str
+    authors: str
+    year: int
+    venue: str
+    link: str
+    dimensions: int
+
+
+@dataclass(frozen=True)
+class NetworkSpec:
+    """One entry of the registry.
+
+    Attributes:
+        name: registry name, also used for trainers and plans.
+        build: import path of the builder, which goes into nnU-Net's plans as ``network_class_name``.
+        paper: the published original.
+        summary: one line for tables.
+        departures: what we changed against the paper, one sentence each; never empty.
+        defaults: keyword arguments that the plans spell out so that a checkpoint stays readable when a default changes.
+        presets: named sets of keyword arguments, on top of ``defaults``.
+    """
+
+    name: str
+    build: str
+    paper: Paper
+    summary: str
+    departures: tuple[str, ...]
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)

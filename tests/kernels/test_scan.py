@@ -1,0 +1,298 @@
+"""The scan: every backend against the float64 definition, and the laws of the operator."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from medmamba_kernels import BACKENDS, BackendError, resolve_routes, selective_scan, selective_scan_reference
+from medmamba_kernels.backends import chunked
+from medmamba_kernels.routes import Route
+from medmamba_kernels.testing import (
+    assert_close,
+    check_against_reference,
+    make_problem,
+    relative_rms,
+    self_test,
+)
+
+GOLDEN = Path(__file__).parents[1] / "data" / "golden"
+DTYPES = [torch.float64, torch.float32, torch.bfloat16]
+
+PROBLEMS = {
+    "one voxel": {"grid": (1, 1, 1)},
+    "odd": {"grid": (3, 5, 7), "channels": 5, "state_size": 3},
+    "prime, two samples": {"grid": (2, 7, 11), "batch": 2, "channels": 3, "routes": "raster2"},
+    "flat": {"grid": (1, 9, 6), "routes": "raster4", "state_size": 1},
+    "a line": {"grid": (1, 1, 65), "routes": "raster2", "channels": 17, "state_size": 2},
+    "twelve routes": {"grid": (2, 3, 4), "routes": "raster12", "channels": 2},
+    "resets": {"grid": (4, 3, 5), "routes": "line6"},
+    "curves": {"grid": (3, 4, 4), "routes": ["dhw:hilbert", "hwd:spiral:reset=plane", "dwh:zorder:reverse"]},
+    "atrous": {"grid": (4, 5, 3), "routes": ["dhw:step=2x2x1:reset=phase", "wdh:step=1x3x2"]},
+    "kept apart": {"grid": (3, 4, 5), "merge": "none"},
+    "mean": {"grid": (3, 4, 5), "merge": "mean"},
+    "masked": {"grid": (3, 4, 5), "mask_fraction": 0.5, "batch": 2},
+    "masked with resets": {"grid": (3, 4, 5), "mask_fraction": 0.5, "routes": "line6", "merge": "none"},
+}
+
+
+@pytest.fixture(params=sorted(BACKENDS))
+def backend(request):
+    reason = BACKENDS[request.param].unavailable_reason(torch.device("cpu"))
+    if reason is not None:
+        pytest.skip(f"backend {request.param} cannot run here: {reason}")
+    return request.param
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_values_and_gradients_equal_the_definition(backend, name, dtype):
+    check_against_reference(make_problem(**PROBLEMS[name]), backend, dtype)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_gradients_pass_gradcheck(backend, size):
+    p = make_problem((2, 2, 3), channels=2, state_size=size, routes=["dhw", "hwd:reverse:reset=line"])
+    tensors = [t.requires_grad_() for t in (p.x, p.dt, p.A, p.B, p.C, p.D, p.dt_bias)]
+
+    def run(x, dt, A, B, C, D, dt_bias):
+        return selective_scan(x, dt, A, B, C, D, dt_bias=dt_bias, routes=p.routes, grid=p.grid, backend=backend)
+
+    assert torch.autograd.gradcheck(run, tensors)
+
+
+@pytest.mark.parametrize("dt", [0.0, 1e-6, 1.0, 30.0, 100.0])
+@pytest.mark.parametrize("rate", [1e-4, 1e3])
+def test_extreme_steps_and_decays_stay_exact(backend, dt, rate):
+    p = make_problem((2, 3, 5), channels=3, state_size=2, routes="raster2")
+    p = replace(p, dt=torch.full_like(p.dt, dt), A=torch.full_like(p.A, -rate), dt_softplus=False, dt_bias=None)
+    check_against_reference(p, backend, torch.float32)
+
+
+def test_a_single_forward_route_is_an_ordinary_selective_scan():
+    for name in ("scan1d_n1", "scan1d_n4"):
+        data = {k: torch.from_numpy(v) for k, v in np.load(GOLDEN / f"{name}.npz").items() if k != "meta"}
+        leaves = {k: data[k].double().requires_grad_() for k in ("u", "delta", "A", "B", "C", "D", "delta_bias")}
+        for run in (selective_scan_reference, selective_scan):
+            y = run(
+                leaves["u"].mT,
+                leaves["delta"].mT.unsqueeze(2),
+                leaves["A"].unsqueeze(0),
+                leaves["B"].mT.unsqueeze(2),
+                leaves["C"].mT.unsqueeze(2),
+                leaves["D"].unsqueeze(0),
+                dt_bias=leaves["delta_bias"].unsqueeze(0),
+                routes=["dhw"],
+                grid=(1, 1, 37),
+            ).mT
+            assert_close(f"{name} y", y, data["y"], 1e-12)
+            gradients = torch.autograd.grad((y * data["r"].double()).sum(), list(leaves.values()))
+            for key, gradient in zip(leaves, gradients, strict=True):
+                assert_close(f"{name} gradient of {key}", gradient, data[f"g:{key}"], 1e-12)
+
+
+def test_a_route_is_a_permuted_scan(backend):
+    """Reading in place equals permuting the volume, scanning in raster order and permuting back."""
+    p = make_problem((3, 4, 5), channels=4)
+    for k, route in enumerate(p.routes):
+        order, inverse = route.order(p.grid), route.inverse(p.grid)
+        one = replace(p, dt=p.dt[:, :, k : k + 1], A=p.A[k : k + 1], B=p.B[:, :, k : k + 1], C=p.C[:, :, k : k + 1])
+        one = replace(one, D=p.D[k : k + 1], dt_bias=p.dt_bias[k : k + 1])
+        moved = replace(one, x=one.x[:, order], dt=one.dt[:, order], B=one.B[:, order], C=one.C[:, order])
+        expected = replace(moved, routes=(Route(),)).run(backend)[:, inverse]
+        torch.testing.assert_close(replace(one, routes=(route,)).run(backend), expected)
+
+
+def test_the_sum_over_routes_is_the_sum_of_single_routes(backend):
+    p = make_problem((3, 4, 5))
+    apart = replace(p, merge="none").run(backend)
+    torch.testing.assert_close(p.run(backend), apart.sum(1))
+    torch.testing.assert_close(replace(p, merge="mean").run(backend), apart.mean(1))
+
+
+def test_mirrored_input_on_the_reversed_route_gives_the_mirrored_output(backend):
+    p = make_problem((3, 4, 5), routes=["dhw"])
+    flip = {"x": p.x.flip(1), "dt": p.dt.flip(1), "B": p.B.flip(1), "C": p.C.flip(1)}
+    mirrored = replace(p, routes=resolve_routes(["dhw:reverse"]), **flip)
+    torch.testing.assert_close(mirrored.run(backend), p.run(backend).flip(1))
+
+
+def test_a_forward_route_is_causal(backend):
+    p = make_problem((2, 3, 4), routes=["hwd"])
+    order = p.routes[0].order(p.grid)
+    later = order[10:]
+    edited = replace(p, x=p.x.clone().index_fill_(1, later, 7.0))
+    before, after = p.run(backend), edited.run(backend)
+    assert torch.equal(before[:, order[:10]], after[:, order[:10]])
+    assert not torch.equal(before[:, later], after[:, later])
+
+
+def test_resets_are_separate_scans(backend):
+    p = make_problem((3, 4, 5), routes=["dhw:reset=line"])
+    lines = {
+        "x": p.x.view(12, 5, -1),
+        "dt": p.dt.view(12, 5, 1, -1),
+        "B": p.B.view(12, 5, 1, -1),
+        "C": p.C.view(12, 5, 1, -1),
+    }
+    separate = replace(p, routes=(Route(),), grid=(1, 1, 5), **lines).run(backend)
+    torch.testing.assert_close(p.run(backend), separate.view(1, 60, -1))
+
+
+def test_masking_equals_cutting_the_tokens_out(backend):
+    p = make_problem((1, 5, 6), routes=["dhw", "dhw:reverse"], mask_fraction=0.4)
+    kept = p.dt_mask[0]
+    cut = {name: getattr(p, name)[:, kept] for name in ("x", "dt", "B", "C")}
+    expected = replace(p, dt_mask=None, grid=(1, 1, int(kept.sum())), **cut).run(backend)
+    got = p.run(backend)
+    torch.testing.assert_close(got[:, kept], expected)
+    assert bool((got[:, ~kept] == 0).all())
+
+
+def test_what_masked_tokens_hold_is_never_read(backend):
+    p = make_problem((2, 4, 5), mask_fraction=0.4)
+    poisoned = {}
+    for name in ("x", "dt", "B", "C"):
+        tensor = getattr(p, name).clone()
+        tensor[~p.dt_mask] = float("nan")
+        poisoned[name] = tensor
+    cotangent = torch.ones_like(p.x)
+    clean = p.run_with_gradients(backend, cotangent)
+    got = replace(p, **poisoned).run_with_gradients(backend, cotangent)
+    for name, value in clean.items():
+        assert torch.equal(got[name], value), name
+
+
+def test_batches_are_independent(backend):
+    p = make_problem((2, 3, 5), batch=3)
+    one = {name: getattr(p, name)[1:2] for name in ("x", "dt", "B", "C")}
+    torch.testing.assert_close(replace(p, **one).run(backend), p.run(backend)[1:2])
+
+
+def test_strides_do_not_matter(backend):
+    p = make_problem((2, 3, 5), channels=6)
+    spread = {
+        "x": p.x.mT.contiguous().mT,
+        "dt": p.dt.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0),
+        "B": torch.cat([p.B, p.C], dim=-1).split(p.B.shape[-1], dim=-1)[0],
+    }
+    assert not spread["x"].is_contiguous()
+    assert not spread["B"].is_contiguous()
+    assert torch.equal(replace(p, **spread).run(backend), p.run(backend))
+
+
+def test_runs_repeat_bit_for_bit(backend):
+    p = make_problem((4, 5, 6), channels=16, state_size=16).to(torch.float32)
+    cotangent = torch.randn_like(p.x)
+    first, second = (p.run_with_gradients(backend, cotangent) for _ in range(2))
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+@pytest.mark.parametrize("step_elements", [1, 64, 2**20])
+def test_the_chunk_size_changes_nothing(monkeypatch, step_elements):
+    p = make_problem((3, 5, 7), channels=3, state_size=2)
+    cotangent = torch.randn_like(p.x)
+    expected = p.run_with_gradients("torch", cotangent)
+    monkeypatch.setitem(chunked._STEP_ELEMENTS, "cpu", step_elements)
+    monkeypatch.setitem(chunked._BACKWARD_ELEMENTS, "cpu", step_elements)
+    for name, value in p.run_with_gradients("torch", cotangent).items():
+        assert_close(name, value, expected[name], 1e-12)
+
+
+def test_low_rank_steps_equal_projected_steps(backend):
+    p = make_problem((2, 3, 4), channels=6)
+    generator = torch.Generator().manual_seed(3)
+    low = torch.randn(1, 24, 6, 2, generator=generator, dtype=torch.float64)
+    weight = torch.randn(6, 6, 2, generator=generator, dtype=torch.float64)
+    options = {"routes": p.routes, "grid": p.grid, "dt_bias": p.dt_bias, "backend": backend}
+    fused = selective_scan(p.x, low, p.A, p.B, p.C, p.D, dt_weight=weight, **options)
+    plain = selective_scan(p.x, torch.einsum("blkr,kcr->blkc", low, weight), p.A, p.B, p.C, p.D, **options)
+    torch.testing.assert_close(fused, plain)
+
+
+def test_half_precision_input_gives_float32_and_stays_finite_over_a_long_slow_scan(backend):
+    length = 4096
+    p = make_problem((1, 1, length), channels=2, state_size=2, routes=["dhw"])
+    p = replace(p, dt=torch.full_like(p.dt, 0.1), A=torch.full_like(p.A, -1e-4), dt_softplus=False, dt_bias=None)
+    p = replace(p, x=p.x.abs() * 50, B=p.B.abs() * 10, C=p.C.abs() * 10)
+    half = p.to(torch.float16)
+    y = half.run(backend)
+    assert y.dtype == torch.float32
+    assert float(y.abs().max()) > 65504  # float16 could not hold it
+    expected = half.to(torch.float64).run("reference")
+    # Every step multiplies by the same decay close to 1, so its rounding (half an ulp, 6e-8) adds up.
+    assert relative_rms(y, expected) < length * 6e-8
+
+
+def test_autocast_does_not_touch_the_state(backend):
+    p = make_problem((2, 3, 5), channels=4).to(torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = p.run(backend)
+    assert torch.equal(inside, p.run(backend))
+
+
+def test_the_operator_satisfies_opcheck(backend):
+    p = make_problem((2, 2, 3), channels=3, state_size=2, mask_fraction=0.3)
+    tensors = [t.detach().requires_grad_() for t in (p.x, p.dt, p.A, p.B, p.C, p.D, p.dt_bias)]
+    text = " ".join(str(route) for route in p.routes)
+    arguments = (*tensors, p.dt_mask, text, list(p.grid), True, "sum", True, backend)
+    torch.library.opcheck(torch.ops.medmamba.selective_scan.default, arguments)
+
+
+def test_a_compiled_function_keeps_the_scan_as_one_node(backend):
+    p = make_problem((2, 3, 4), channels=3).to(torch.float32)
+
+    def run(x):
+        return selective_scan(x * 2, p.dt, p.A, p.B, p.C, p.D, routes=p.routes, grid=p.grid, backend=backend) + 1
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    x = p.x.clone().requires_grad_()
+    torch.testing.assert_close(compiled(x), run(x))
+    (expected,) = torch.autograd.grad(run(x).sum(), x)
+    (got,) = torch.autograd.grad(compiled(x).sum(), x)
+    torch.testing.assert_close(got, expected)
+
+
+def test_the_self_test_measures_an_error(backend):
+    assert 0 < self_test(backend) < 1e-6
+
+
+WRONG = {
+    "x with two axes": ({"x": torch.zeros(60, 4)}, "x must be"),
+    "a grid of another size": ({"grid": (3, 4, 6)}, "x has 60 tokens but grid"),
+    "dt of one route": ({"dt": torch.zeros(1, 60, 1, 4)}, r"dt must have shape \(1, 60, 6, 4\)"),
+    "A with other channels": ({"A": torch.zeros(6, 5, 4)}, r"A must have shape \(6, 4, 4\)"),
+    "B with other states": ({"B": torch.zeros(1, 60, 6, 3)}, r"B must have shape \(1, 60, 6, 4\)"),
+    "integer x": ({"x": torch.zeros(1, 60, 4, dtype=torch.int64)}, "must be a floating tensor"),
+    "a mask of floats": ({"dt_mask": torch.ones(1, 60)}, "dt_mask must be bool"),
+    "an unknown merge": ({"merge": "max"}, "unknown merge 'max'; known: sum, mean, none"),
+    "no channel": ({"x": torch.zeros(1, 60, 0)}, "at least one sample and one channel"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_arguments_are_named(name):
+    change, message = WRONG[name]
+    p = replace(make_problem((3, 4, 5)), **change)
+    with pytest.raises(ValueError, match=message):
+        p.run("torch")
+
+
+def test_an_unknown_backend_names_the_known_ones(monkeypatch):
+    p = make_problem((1, 1, 2))
+    with pytest.raises(ValueError, match="unknown scan backend 'cuda'; known: auto"):
+        p.run("cuda")
+    monkeypatch.setenv("MEDMAMBA_BACKEND", "fast")
+    with pytest.raises(ValueError, match="unknown scan backend 'fast'"):
+        p.run("auto")
+
+
+def test_a_named_backend_that_cannot_run_raises_instead_of_falling_back(monkeypatch):
+    monkeypatch.setattr(chunked, "unavailable_reason", lambda device: "switched off for this test")
+    with pytest.raises(BackendError, match="'torch' was asked for but cannot run on cpu: switched off"):
+        make_problem((1, 1, 2)).run("torch")
