@@ -1,0 +1,47 @@
+"""What a room gives to the ``medmamba`` program: one :class:`Command` per sub-command.
+
+A room lists its commands in the entry-point group ``medmamba.commands`` of its distribution::
+
+    [project.entry-points."medmamba.commands"]
+    plan = "medmamba_plans.commands:PLAN"
+
+The module named there is imported to print ``medmamba --help``, so it must be light: torch, numpy, nnU-Net
+and the like belong inside ``run``.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Command:
+    """One sub-command of the ``medmamba`` program.
+
+    Attributes:
+        help: one line for the list of commands.
+        configure: adds the arguments of this command to its parser.
+        run: does the work and returns the exit code (see :mod:`medmamba.cli`).
+        passthrough: everything after the name of the command arrives untouched, ``--help`` included, as
+            ``args.arguments`` (a list of str); for commands that hand over to another program.
+    """
+
+    help: str
+    configure: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+    passthrough: bool = False
+
+
+class CommandError(Exception):
+    """An error the user can act on: one line with what is wrong and what to do.
+
+    Args:
+        message: cause and remedy in one line.
+        exit_code: what the program returns; 2 (usage) unless something else fits better.
+    """
+
+    def __init__(self, message: str, exit_code: int = 2) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code

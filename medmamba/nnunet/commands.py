@@ -1,0 +1,84 @@
+"""The commands ``env``, ``run``, ``train``, ``predict`` and ``doctor``. Light; the work is imported when they run."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+
+from medmamba.command import Command
+from medmamba.nnunet.names import EXT_TRAINER, TRAINER_NAMES, ext_trainer_value
+
+
+def _no_arguments(parser: argparse.ArgumentParser) -> None:
+    pass
+
+
+def _env(arguments: argparse.Namespace) -> int:
+    print(f"export {EXT_TRAINER}={shlex.quote(ext_trainer_value())}")
+    return 0
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from medmamba.nnunet.host import console_commands, run_console_command
+
+    if not arguments.arguments or arguments.arguments[0] in ("-h", "--help"):
+        print("usage: medmamba run nnUNetv2_COMMAND ...\n")
+        print(f"Runs a command of nnU-Net with medmamba's trainers in reach:\n  {', '.join(TRAINER_NAMES)}\n")
+        print("\n".join(["commands:", *(f"  {name}" for name in console_commands())]))
+        return 0 if arguments.arguments else 2
+    name, *rest = arguments.arguments
+    return run_console_command(name, rest)
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from medmamba.nnunet.host import run_console_command
+    from medmamba.nnunet.preflight import check_training
+
+    return run_console_command("nnUNetv2_train", check_training(arguments.arguments))
+
+
+def _predict(arguments: argparse.Namespace) -> int:
+    from medmamba.nnunet.host import run_console_command
+    from medmamba.nnunet.preflight import check_prediction
+
+    return run_console_command("nnUNetv2_predict", check_prediction(arguments.arguments))
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from medmamba.nnunet.doctor import examine, heading, line, summary
+
+    print(heading(), flush=True)
+    checks = []
+    for check in examine():
+        checks.append(check)
+        print(line(check), flush=True)
+    print(summary(checks))
+    return 1 if any(check.status == "fail" for check in checks) else 0
+
+
+ENV = Command(
+    help='print what lets stock nnU-Net find our trainers: eval "$(medmamba env)"',
+    configure=_no_arguments,
+    run=_env,
+)
+RUN = Command(
+    help="run any nnUNetv2_ command with our trainers in reach",
+    configure=_no_arguments,
+    run=_run,
+    passthrough=True,
+)
+TRAIN = Command(
+    help="nnUNetv2_train with our trainers; same arguments, -tr follows the plans",
+    configure=_no_arguments,
+    run=_train,
+    passthrough=True,
+)
+PREDICT = Command(
+    help="nnUNetv2_predict; same arguments, -tr follows the trained folder",
+    configure=_no_arguments,
+    run=_predict,
+    passthrough=True,
+)
+DOCTOR = Command(
+    help="check this installation and name the remedy for what fails", configure=_no_arguments, run=_doctor
+)

@@ -1,0 +1,247 @@
+"""Our trainers: nnU-Net's training with a network of ours and a schedule that is data in the plans.
+
+``nnUNetv2_train D CONFIG FOLD -tr nnUNetTrainerVMUNet`` works on plans written by ``medmamba plan`` and on
+stock plans alike. In the second case the trainer derives the architecture itself, in memory, and nnU-Net
+writes the derived plans beside the checkpoints. Those plans name the network by import path, and the
+checkpoint names the stock ``nnUNetTrainer``: a trained folder predicts with stock nnU-Net wherever medmamba
+is installed, with no trainer of ours to be found and no variable to be set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import deepcopy
+from dataclasses import replace
+from importlib.metadata import version
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from torch import nn
+from torch._dynamo import OptimizedModule
+
+from medmamba.nnunet import optimisation
+from medmamba.nnunet.architecture import ArchitectureError, architecture_block, check_patch, network_of
+from medmamba.nnunet.errors import UserFacingError
+from medmamba.nnunet.files import write_atomically
+from medmamba.nnunet.schedule import Schedule
+
+
+class NonFiniteLossError(UserFacingError, RuntimeError):
+    """The training loss became NaN or infinite; the text says where and what to do."""
+
+
+class MambaTrainer(nnUNetTrainer):
+    """Base of our trainers. A variant has a ``network_name`` and, for a short schedule, its ``epochs``."""
+
+    network_name: ClassVar[str]
+    #: Wins over the plans, because it is part of the trainer's name.
+    epochs: ClassVar[int | None] = None
+
+    def __init__(
+        self,
+        plans: dict[str, Any],
+        configuration: str,
+        fold: int,
+        dataset_json: dict[str, Any],
+        device: torch.device = torch.device("cuda"),  # noqa: B008 (the signature of nnU-Net)
+    ) -> None:
+        super().__init__(
+            plans_with_network(plans, configuration, self.network_name),
+            configuration,
+            fold,
+            dataset_json,
+            device,
+        )
+        schedule = Schedule.from_plans(plans)
+        self.schedule = schedule if self.epochs is None else replace(schedule, num_epochs=self.epochs)
+        self.num_epochs = self.schedule.num_epochs
+        self.num_iterations_per_epoch = self.schedule.num_iterations_per_epoch
+        self.num_val_iterations_per_epoch = self.schedule.num_val_iterations_per_epoch
+        self.initial_lr = self.schedule.initial_lr
+        self.weight_decay = self.schedule.weight_decay
+        self.save_every = self.schedule.save_every
+        self.iteration = 0
+        self.has_bf16 = self.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        if self.has_bf16:
+            # bfloat16 has the range of float32: there is nothing to scale.
+            self.grad_scaler = None
+
+    @classmethod
+    def build_network_architecture(
+        cls,
+        plans_manager: PlansManager,
+        configuration_manager: ConfigurationManager,
+        num_input_channels: int,
+        num_output_channels: int,
+        enable_deep_supervision: bool = True,
+    ) -> nn.Module:
+        """The network of the plans when it is ours, else ours in the shape of the plans (also used in prediction)."""
+        block = own_block(configuration_manager.configuration["architecture"], cls.network_name)
+        return get_network_from_plans(
+            block["network_class_name"],
+            block["arch_kwargs"],
+            block["_kw_requires_import"],
+            num_input_channels,
+            num_output_channels,
+            allow_init=True,
+            deep_supervision=enable_deep_supervision,
+        )
+
+    def configure_optimizers(self) -> tuple[torch.optim.Optimizer, optimisation.WarmupPolyLR]:
+        """Optimizer and learning rate of the schedule."""
+        # Attributes are read again because people change them after construction, as nnU-Net's variants do.
+        schedule = replace(
+            self.schedule,
+            num_epochs=self.num_epochs,
+            initial_lr=self.initial_lr,
+            weight_decay=self.weight_decay,
+        )
+        return optimisation.configure(_unwrapped(self.network), schedule)
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        self.print_to_log_file(
+            f"medmamba {version('medmamba')}: network {self.network_name}, {self.schedule}, "
+            f"autocast {'bfloat16' if self.has_bf16 else 'float16' if self.device.type == 'cuda' else 'off'}"
+        )
+
+    def on_train_epoch_start(self) -> None:
+        super().on_train_epoch_start()
+        self.iteration = 0
+
+    def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """One iteration of nnU-Net, in bfloat16 where the GPU has it.
+
+        Raises:
+            NonFiniteLossError: the loss is NaN or infinite.
+        """
+        with self._autocast_default():
+            result = super().train_step(batch)
+        if not np.all(np.isfinite(result["loss"])):
+            raise NonFiniteLossError(
+                f"the training loss is {float(result['loss'])} at epoch {self.current_epoch}, iteration "
+                f"{self.iteration} (cases {', '.join(map(str, batch.get('keys', ['unknown'])))}); training stops and "
+                f"the checkpoints of earlier epochs in {self.output_folder} stay. Look for NaN or extreme values in "
+                "these cases; if they are sound, plan a lower learning rate (--lr) or a warm-up (--warmup-epochs)"
+            )
+        self.iteration += 1
+        return result
+
+    def validation_step(self, batch: dict[str, Any]) -> dict[str, Any]:
+        with self._autocast_default():
+            return super().validation_step(batch)
+
+    def save_checkpoint(self, filename: str) -> None:
+        """Write a checkpoint that stock nnU-Net can read without our trainers; the old file stays until then."""
+        if self.local_rank != 0:
+            return
+        if self.disable_checkpointing:
+            self.print_to_log_file("No checkpoint written, checkpointing is disabled")
+            return
+        checkpoint = self.checkpoint()
+        write_atomically(filename, lambda temporary: torch.save(checkpoint, temporary))
+
+    def checkpoint(self) -> dict[str, Any]:
+        """Content of a checkpoint: nnU-Net's keys, and ``medmamba`` with what really trained it."""
+        return {
+            "network_weights": _unwrapped(self.network).state_dict(),
+            "optimizer_state": self.optimizer.state_dict(),
+            "grad_scaler_state": None if self.grad_scaler is None else self.grad_scaler.state_dict(),
+            "logging": self.logger.get_checkpoint(),
+            "_best_ema": self._best_ema,
+            "current_epoch": self.current_epoch + 1,
+            "init_args": self.my_init_kwargs,
+            # Prediction only needs a trainer that builds what the plans say, and the stock one does.
+            "trainer_name": nnUNetTrainer.__name__,
+            "inference_allowed_mirroring_axes": self.inference_allowed_mirroring_axes,
+            "medmamba": {
+                "version": version("medmamba"),
+                "trainer": type(self).__name__,
+                "network": self.network_name,
+                "schedule": self.schedule.to_dict(),
+            },
+        }
+
+    def _autocast_default(self) -> AbstractContextManager[None]:
+        return autocast_default("cuda", torch.bfloat16) if self.has_bf16 else nullcontext()
+
+
+class nnUNetTrainerVMUNet(MambaTrainer):
+    network_name = "vmunet"
+
+
+class nnUNetTrainerVMUNet_5epochs(nnUNetTrainerVMUNet):
+    epochs = 5
+
+
+class nnUNetTrainerVMUNet_50epochs(nnUNetTrainerVMUNet):
+    epochs = 50
+
+
+class nnUNetTrainerVMUNet_250epochs(nnUNetTrainerVMUNet):
+    epochs = 250
+
+
+TRAINERS: dict[str, type[MambaTrainer]] = {
+    trainer.__name__: trainer
+    for trainer in (
+        nnUNetTrainerVMUNet,
+        nnUNetTrainerVMUNet_5epochs,
+        nnUNetTrainerVMUNet_50epochs,
+        nnUNetTrainerVMUNet_250epochs,
+    )
+}
+
+
+def own_block(block: dict[str, Any], network: str) -> dict[str, Any]:
+    """The architecture block itself when it names ``network``, else one derived from it.
+
+    Raises:
+        ArchitectureError: the block names another network of medmamba, or has no strides.
+    """
+    named = network_of(block)
+    if named is None:
+        return architecture_block(network, block)
+    if named != network:
+        raise ArchitectureError(
+            f"the plans were made for the network {named}, the trainer trains {network}; use the trainer of {named}, "
+            f"or plans from `medmamba plan --network {network}`"
+        )
+    return block
+
+
+def plans_with_network(plans: dict[str, Any], configuration: str, network: str) -> dict[str, Any]:
+    """A copy of the plans in which ``configuration`` names ``network``; the caller's plans stay as they are.
+
+    Raises:
+        ArchitectureError: the plans were made for another network, or the patch does not fit the strides.
+    """
+    plans = deepcopy(plans)
+    manager = PlansManager(plans).get_configuration(configuration)
+    block = own_block(manager.configuration["architecture"], network)
+    check_patch(manager.patch_size, block["arch_kwargs"]["strides"])
+    plans["configurations"][configuration]["architecture"] = block
+    return plans
+
+
+@contextmanager
+def autocast_default(device_type: str, dtype: torch.dtype) -> Iterator[None]:
+    """Change the dtype that ``torch.autocast(device_type)`` takes when it is given none, as nnU-Net calls it."""
+    before = torch.get_autocast_dtype(device_type)
+    torch.set_autocast_dtype(device_type, dtype)
+    try:
+        yield
+    finally:
+        torch.set_autocast_dtype(device_type, before)
+
+
+def _unwrapped(network: nn.Module) -> nn.Module:
+    """The network inside DistributedDataParallel and torch.compile."""
+    if isinstance(network, nn.parallel.DistributedDataParallel):
+        network = network.module
+    return network._orig_mod if isinstance(network, OptimizedModule) else network

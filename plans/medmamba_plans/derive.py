@@ -1,0 +1,197 @@
+"""Derive plans for one of our networks from a dataset's stock plans.
+
+Only the architecture changes, and what the user asks to change. Spacing, normalisation and the data
+identifiers stay, so that preprocessed data are shared with nnU-Net's own networks and results can be
+compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pydoc import locate
+from typing import Any
+
+from medmamba.networks import get_spec
+from medmamba.nnunet.architecture import ArchitectureError, architecture_block, check_patch, network_of
+from medmamba.nnunet.errors import UserFacingError
+from medmamba.nnunet.names import plans_name
+from medmamba.nnunet.schedule import Schedule
+
+
+class PlanError(UserFacingError, ValueError):
+    """Plans cannot be derived as asked; the text says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to plan.
+
+    Attributes:
+        network: name in ``medmamba.networks.NETWORKS``.
+        preset: name of one of the network's presets, or None.
+        options: arguments of the network that win over the preset (``geometry``, ``ssm_mode``, ``routes``,
+            ...). batch_size: in place of nnU-Net's, or None. patch_size: in place of nnU-Net's, for the
+            configurations with as many axes, or None. schedule: how long and with what to train.
+            configurations: those to plan, or None for all; what they inherit from and follow comes along.
+            name: plans identifier, or None for the house style.
+    """
+
+    network: str
+    preset: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    batch_size: int | None = None
+    patch_size: Sequence[int] | None = None
+    schedule: Schedule = field(default_factory=Schedule)
+    configurations: Sequence[str] | None = None
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        try:
+            presets = get_spec(self.network).presets
+        except KeyError as error:
+            raise PlanError(error.args[0]) from error
+        if self.preset is not None and self.preset not in presets:
+            known = ", ".join(presets) or "none"
+            raise PlanError(f"network {self.network} has no preset {self.preset!r}; known: {known}")
+        if self.batch_size is not None and self.batch_size < 1:
+            raise PlanError(f"batch size {self.batch_size} is not possible; use 1 or more (2 or more with few cases)")
+        if self.name is None and not isinstance(self.options.get("routes", ""), str):
+            raise PlanError("a list of routes is an experiment of its own; name its plans with --plans-name")
+        if "__" in self.plans_name or "/" in self.plans_name:
+            raise PlanError(
+                f"plans name {self.plans_name!r} contains '__' or '/', which nnU-Net uses as separators; rename"
+            )
+
+    @property
+    def plans_name(self) -> str:
+        """The identifier: as asked, or the network with the choices that make it another experiment."""
+        if self.name is not None:
+            return self.name
+        usual = {"geometry": "native", "ssm_mode": "scan", "routes": None}
+        chosen = [self.preset, *(self.options.get(name, default) for name, default in usual.items())]
+        return plans_name(self.network, *(name for name in chosen if name not in (None, *usual.values())))
+
+    @property
+    def network_options(self) -> dict[str, Any]:
+        """Preset and options together."""
+        preset = get_spec(self.network).presets[self.preset] if self.preset is not None else {}
+        return {**preset, **self.options}
+
+
+def derive_plans(stock: Mapping[str, Any], request: Request) -> dict[str, Any]:
+    """Our plans from stock ones; the stock plans are not changed.
+
+    Every network that the result names has been built once, so arguments that a network refuses are refused
+    here.
+
+    Args:
+        stock: a plans dictionary of nnU-Net (any planner whose networks have strides).
+        request: what to plan.
+
+    Returns:
+        a plans dictionary of JSON values.
+
+    Raises:
+        PlanError: the request does not fit the plans or the network.
+    """
+    plans = deepcopy(dict(stock))
+    plans["plans_name"] = request.plans_name
+    plans["configurations"] = _selected(plans["configurations"], request.configurations)
+    if request.patch_size is not None and not any(
+        len(configuration.get("patch_size", ())) == len(request.patch_size)
+        for configuration in plans["configurations"].values()
+    ):
+        raise PlanError(
+            f"patch size {_size(request.patch_size)} has {len(request.patch_size)} axes; no configuration among "
+            f"{', '.join(plans['configurations'])} has as many"
+        )
+    for name, configuration in plans["configurations"].items():
+        try:
+            _derive_configuration(configuration, request)
+        except ArchitectureError as error:
+            raise PlanError(f"configuration {name}: {error}") from error
+    plans["medmamba"] = {
+        "network": request.network,
+        "preset": request.preset,
+        "options": dict(request.options),
+        "schedule": request.schedule.to_dict(),
+        "derived_from": stock["plans_name"],
+        "version": version("medmamba"),
+    }
+    return plans
+
+
+def check_options(request: Request) -> None:
+    """Refuse options that the network refuses, before there are plans: it is built for a small four-stage volume.
+
+    Raises:
+        PlanError: the network refuses its options.
+    """
+    strides = [[1, 1, 1], [2, 2, 2], [2, 2, 2], [2, 2, 2]]
+    small = {"network_class_name": "none", "arch_kwargs": {"strides": strides}}
+    _build_once(architecture_block(request.network, small, request.network_options))
+
+
+def _selected(configurations: dict[str, Any], wanted: Sequence[str] | None) -> dict[str, Any]:
+    """The wanted configurations, with those they inherit from and those of the previous stage, in the plans' order."""
+    if wanted is None:
+        return configurations
+    unknown = [name for name in wanted if name not in configurations]
+    if unknown:
+        raise PlanError(f"the plans have no configuration {', '.join(unknown)}; known: {', '.join(configurations)}")
+    needed = {name for start in wanted for name in _with_needed(configurations, start)}
+    selected = {name: configuration for name, configuration in configurations.items() if name in needed}
+    for configuration in selected.values():
+        # After training, nnU-Net predicts for the next stage and fails if the plans do not have it.
+        if not set(_names(configuration.get("next_stage"))) <= needed:
+            del configuration["next_stage"]
+    return selected
+
+
+def _with_needed(configurations: Mapping[str, Any], name: str) -> Iterator[str]:
+    yield name
+    for key in ("inherits_from", "previous_stage"):
+        if key in configurations[name]:
+            yield from _with_needed(configurations, configurations[name][key])
+
+
+def _names(value: str | Sequence[str] | None) -> list[str]:
+    return [] if value is None else [value] if isinstance(value, str) else list(value)
+
+
+def _derive_configuration(configuration: dict[str, Any], request: Request) -> None:
+    """Change one configuration in place. One that only inherits (a cascade) gets its values from its parent."""
+    if "batch_size" in configuration and request.batch_size is not None:
+        configuration["batch_size"] = request.batch_size
+    if request.patch_size is not None and len(configuration.get("patch_size", ())) == len(request.patch_size):
+        configuration["patch_size"] = list(request.patch_size)
+    if "architecture" not in configuration:
+        return
+    named = network_of(configuration["architecture"])
+    if named is not None:
+        raise PlanError(
+            f"the plans to start from were made for the network {named}; start from nnU-Net's own (--from nnUNetPlans)"
+        )
+    block = architecture_block(request.network, configuration["architecture"], request.network_options)
+    if "patch_size" in configuration:
+        check_patch(configuration["patch_size"], block["arch_kwargs"]["strides"])
+    _build_once(block)
+    configuration["architecture"] = block
+
+
+def _build_once(block: Mapping[str, Any]) -> None:
+    """Build the network as nnU-Net will, on one channel and two classes; what it refuses is an error of the request."""
+    build: Any = locate(block["network_class_name"])
+    try:
+        build(input_channels=1, num_classes=2, **block["arch_kwargs"], deep_supervision=True)
+    except (ValueError, TypeError) as error:
+        raise PlanError(str(error)) from error
+    except KeyError as error:
+        raise PlanError(str(error.args[0])) from error
+
+
+def _size(sizes: Sequence[int]) -> str:
+    return "x".join(map(str, sizes))
