@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <initializer_list>
 #include <memory>
 #include <new>
 #include <thread>
@@ -68,7 +69,9 @@ int32_t check_sizes(const medmamba_scan *s) {
     if (!s || s->struct_size != int64_t(sizeof(medmamba_scan))) return MEDMAMBA_BAD_STRUCT;
     if (s->batch < 0 || s->length < 0 || s->channels < 0 || s->routes < 1 || s->states < 1) return MEDMAMBA_BAD_SIZE;
     if (s->length > INT32_MAX || s->states > (int64_t(1) << 20)) return MEDMAMBA_BAD_SIZE;
-    if (!product_fits({s->batch, s->length + kBlock, s->routes, s->channels + 16, s->states + 16})) return MEDMAMBA_BAD_SIZE;
+    if (s->channels > INT64_MAX / 64) return MEDMAMBA_BAD_SIZE;
+    if (!product_fits({s->batch, s->length + kBlock, s->routes, s->channels + 16, s->states + 16}))
+        return MEDMAMBA_BAD_SIZE;
     if (s->dtype < 0 || s->dtype > 1 || s->merge < 0 || s->merge > 1 || s->threads < 1) return MEDMAMBA_BAD_OPTION;
     return MEDMAMBA_OK;
 }
@@ -96,7 +99,8 @@ int32_t check_arrays(const medmamba_scan &s, bool backward) {
     for (const void *p : {s.D, s.dt_bias})
         if (!usable(p, element, false)) return MEDMAMBA_BAD_POINTER;
     if (!usable(s.order, sizeof(int32_t), true)) return MEDMAMBA_BAD_POINTER;
-    if (!backward && (!usable(s.y, element, true) || !usable(s.checkpoint, element, false))) return MEDMAMBA_BAD_POINTER;
+    if (!backward && (!usable(s.y, element, true) || !usable(s.checkpoint, element, false)))
+        return MEDMAMBA_BAD_POINTER;
     if (backward) {
         for (const void *p : {(const void *)s.checkpoint, s.dy, (const void *)s.dx, (const void *)s.ddt,
                               (const void *)s.dA, (const void *)s.dB, (const void *)s.dC})
@@ -212,12 +216,16 @@ int32_t run(const medmamba_scan &s, const Kernels &kernels, bool backward, int64
     return MEDMAMBA_OK;
 }
 
-void zero_parameter_gradients(const medmamba_scan &s) {
+// With no sample, token or channel nothing is summed: every gradient that has elements at all is zero.
+void zero_gradients(const medmamba_scan &s) {
     const size_t element = s.dtype == 0 ? sizeof(float) : sizeof(double);
-    const size_t count = size_t(s.routes * s.channels) * element;
-    if (s.dA) std::memset(s.dA, 0, count * size_t(s.states));
-    if (s.dD) std::memset(s.dD, 0, count);
-    if (s.ddt_bias) std::memset(s.ddt_bias, 0, count);
+    const size_t parameters = size_t(s.routes * s.channels) * element;
+    const size_t weights = size_t(s.batch * s.length * s.routes * s.states) * element;
+    if (s.dA) std::memset(s.dA, 0, parameters * size_t(s.states));
+    if (s.dD) std::memset(s.dD, 0, parameters);
+    if (s.ddt_bias) std::memset(s.ddt_bias, 0, parameters);
+    if (s.dB) std::memset(s.dB, 0, weights);
+    if (s.dC) std::memset(s.dC, 0, weights);
 }
 
 int32_t call(const medmamba_scan *s, bool backward) {
@@ -225,7 +233,7 @@ int32_t call(const medmamba_scan *s, bool backward) {
     if (!kernels) return MEDMAMBA_ISA_UNAVAILABLE;
     if (int32_t status = check_sizes(s)) return status;
     if (is_empty(*s)) {
-        if (backward) zero_parameter_gradients(*s);
+        if (backward) zero_gradients(*s);
         return MEDMAMBA_OK;
     }
     if (int32_t status = check_arrays(*s, backward)) return status;
@@ -257,7 +265,7 @@ const char *medmamba_status_text(int32_t status) {
     case MEDMAMBA_BAD_POINTER: return "an array is missing or not aligned to its element type";
     case MEDMAMBA_BAD_ORDER: return "the order table holds an index outside 0..L-1";
     case MEDMAMBA_OUT_OF_MEMORY: return "scratch memory could not be allocated";
-    case MEDMAMBA_ISA_UNAVAILABLE: return "MEDMAMBA_NATIVE_ISA names an instruction set this CPU or build does not have";
+    case MEDMAMBA_ISA_UNAVAILABLE: return "MEDMAMBA_NATIVE_ISA names an instruction set that is missing here";
     default: return "unknown status";
     }
 }

@@ -1,4 +1,4 @@
-// Vectors of channels and the three functions the scan needs of them: exp2, softplus, sigmoid.
+// Vectors of channels and the functions that the scan needs of them: exp2, softplus and its slope, sums over lanes.
 //
 // Everything sits in an unnamed namespace and uses no C++ library: a template instantiated here with AVX-512 code must
 // never be the copy that the linker keeps for the baseline.
@@ -8,6 +8,9 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
 
 namespace {
 
@@ -19,6 +22,21 @@ constexpr int kVectorBytes = 32;
 constexpr int kVectorBytes = 16;
 #endif
 
+// max(a, b), b if either is NaN. One instruction, which compilers do not make of a comparison unless NaN is ruled out.
+#if defined(__AVX512F__)
+inline auto maximum(__m512 a, __m512 b) { return _mm512_max_ps(a, b); }
+inline auto minimum(__m512 a, __m512 b) { return _mm512_min_ps(a, b); }
+#elif defined(__AVX2__)
+inline auto maximum(__m256 a, __m256 b) { return _mm256_max_ps(a, b); }
+inline auto minimum(__m256 a, __m256 b) { return _mm256_min_ps(a, b); }
+#elif defined(__SSE2__)
+inline auto maximum(__m128 a, __m128 b) { return _mm_max_ps(a, b); }
+inline auto minimum(__m128 a, __m128 b) { return _mm_min_ps(a, b); }
+#else
+template <class V> inline V maximum(V a, V b) { return a > b ? a : b; }
+template <class V> inline V minimum(V a, V b) { return a < b ? a : b; }
+#endif
+
 template <class T> struct Simd;
 
 template <> struct Simd<float> {
@@ -27,31 +45,34 @@ template <> struct Simd<float> {
     static constexpr int W = kVectorBytes / sizeof(float);
 
     // 2^x. Relative error at most 1e-7 + 3e-7 |f|, f = x - round(x): the polynomial is minimax in the *exponent*, so
-    // that the product of many decays near 1 stays right; its constant term is exactly 1. x <= -127 gives +0,
-    // x >= 128 gives +inf, NaN stays NaN. Clamp_up costs one instruction and is left out where x <= 0 is known.
+    // that the product of many decays near 1 stays right; its constant term is exactly 1. Large negative x gives +0,
+    // large positive x +inf, NaN stays NaN. Without ClampUp (x <= 0 is known) one instruction may be saved.
     template <bool ClampUp> static inline V exp2(V x) {
-        const V low = V{} - 127.0f;
-        x = low > x ? low : x;
-        if (ClampUp) {
-            const V high = V{} + 128.0f;
-            x = high < x ? high : x;
-        }
-        const V magic = V{} + 12582912.0f; // 1.5 * 2^23: the low mantissa bits of x + magic are round(x)
+#if defined(__AVX512F__)
+        const V n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+        return _mm512_scalef_ps(exp2_fraction(x - n), n);
+#else
+        x = maximum(V{} - 127.0f, x); // 2^-127 comes out as 0: the exponent field is 0, and so is the mantissa
+        if (ClampUp) x = minimum(V{} + 128.0f, x); // 2^128: exponent field 255, infinity
+        const V magic = V{} + 12582912.0f;         // 1.5 * 2^23: the low mantissa bits of x + magic are round(x)
         const V shifted = x + magic;
-        const V f = x - (shifted - magic);
+        return (V)((I)exp2_fraction(x - (shifted - magic)) + ((I)shifted << 23));
+#endif
+    }
+
+    static inline V exp2_fraction(V f) {
         V p = V{} + 0x1.5bc92ap-10f;
         p = p * f + 0x1.3cbb44p-7f;
         p = p * f + 0x1.c6b5e4p-5f;
         p = p * f + 0x1.ebfa58p-3f;
         p = p * f + 0x1.62e42cp-1f;
-        p = p * f + 1.0f;
-        return (V)((I)p + ((I)shifted << 23));
+        return p * f + 1.0f;
     }
 
     // e^x for x <= 0, relative error below 1.5e-7 (Cody-Waite reduction, degree 6).
     static inline V exp_accurate(V x) {
         const V low = V{} - 87.0f;
-        x = low > x ? low : x;
+        x = maximum(low, x);
         const V magic = V{} + 12582912.0f;
         const V shifted = x * 0x1.715476p+0f + magic;
         const V n = shifted - magic;
@@ -101,23 +122,20 @@ template <> struct Simd<double> {
     }
 };
 
-// softplus(x) = max(x, 0) + log(1 + e^-|x|), and x itself above 20, as torch.
-template <class T> inline typename Simd<T>::V softplus(typename Simd<T>::V x) {
-    typedef typename Simd<T>::V V;
-    const V zero = V{}, cut = V{} + T(20);
-    const V negative = x < zero ? x : -x;
-    const V tail = Simd<T>::log1p_unit(Simd<T>::exp_accurate(negative));
-    const V positive = zero > x ? zero : x; // NaN stays NaN
-    return x > cut ? x : positive + tail;
-}
-
-// Derivative of softplus.
-template <class T> inline typename Simd<T>::V sigmoid(typename Simd<T>::V x) {
+// softplus(x) = max(x, 0) + log(1 + e^-|x|), and x itself above 20, as torch; `slope` receives the derivative.
+template <class T> inline typename Simd<T>::V softplus(typename Simd<T>::V x, typename Simd<T>::V &slope) {
     typedef typename Simd<T>::V V;
     const V zero = V{}, one = V{} + T(1), cut = V{} + T(20);
     const V u = Simd<T>::exp_accurate(x < zero ? x : -x);
     const V s = (x < zero ? u : one) / (one + u);
-    return x > cut ? one : s;
+    slope = x > cut ? one : s;
+    const V positive = zero > x ? zero : x; // NaN stays NaN
+    return x > cut ? x : positive + Simd<T>::log1p_unit(u);
+}
+
+template <class T> inline typename Simd<T>::V softplus(typename Simd<T>::V x) {
+    typename Simd<T>::V slope;
+    return softplus<T>(x, slope); // what only the slope needs is dropped by the compiler
 }
 
 template <class T> inline typename Simd<T>::V load(const T *p) {
@@ -192,7 +210,13 @@ template <class T> struct Fold {
         }
     }
 
-    // The lane in which the sum of vector j of M ends up.
+    // The lane in which the sum of vector j of M ends up; `Where` makes sure that it is a constant.
+    template <int M> struct Where {
+        int lane[M] = {};
+        constexpr Where() {
+            for (int j = 0; j < M; ++j) lane[j] = position(j, M);
+        }
+    };
     static constexpr int position(int j, int M) {
         int owner[W][W] = {};
         for (int m = 0; m < M; ++m)

@@ -160,7 +160,21 @@ def _check_table(name: str, tensor: Tensor | None, dtype: torch.dtype) -> None:
 class _Call:
     """Arguments of one library call: checks, conversions, and the references that keep the arrays alive."""
 
-    def __init__(self, x, dt, A, B, C, D, dt_bias, dt_mask, order, starts, dt_softplus, merge) -> None:
+    def __init__(
+        self,
+        x: Tensor,
+        dt: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor | None,
+        dt_bias: Tensor | None,
+        dt_mask: Tensor | None,
+        order: Tensor,
+        starts: Tensor | None,
+        dt_softplus: bool,
+        merge: str,
+    ) -> None:
         if x.dim() != 3 or dt.dim() != 4 or A.dim() != 3:
             raise ValueError(
                 f"x, dt and A have shapes {tuple(x.shape)}, {tuple(dt.shape)} and {tuple(A.shape)}; "
@@ -200,8 +214,8 @@ class _Call:
             rows = _rows(tensor, self.dtype)
             self.point(name, rows)
             getattr(scan, f"{name}_stride")[:] = rows.stride()[:-1]
-        for name, tensor in (("A", A), ("D", D), ("dt_bias", dt_bias)):
-            self.point(name, None if tensor is None else tensor.to(self.dtype).contiguous())
+        for name, weights in (("A", A), ("D", D), ("dt_bias", dt_bias)):
+            self.point(name, None if weights is None else weights.to(self.dtype).contiguous())
         self.point("mask", None if dt_mask is None else dt_mask.contiguous())
         self.point("order", order)
         self.point("starts", starts)
@@ -275,7 +289,8 @@ def forward(
     batch, length, channels, routes, n_states = call.shape
     y = call.empty("y", batch, *(() if merge == "sum" else (routes,)), length, channels)
     shape = states_shape(batch, length, routes, channels, n_states, "cpu") if save_states else (0,)
-    states = torch.empty(shape, dtype=call.dtype)
+    # Zeros, not empty: the library pads channels to whole vectors and never writes the padding.
+    states = torch.zeros(shape, dtype=call.dtype)
     if states.numel():
         call.point("checkpoint", states)
     call.run("medmamba_scan_forward")

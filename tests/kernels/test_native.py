@@ -1,0 +1,565 @@
+"""The native CPU backend against a plain float64 loop, and what a compiled library must never do.
+
+The loop below takes any order table and any resets, more than the routes of ``medmamba_kernels.routes`` produce; the
+backend behind the public operator is tested in ``test_scan.py``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from medmamba_kernels.backends import native
+
+ROOT = Path(__file__).parents[2]
+NAMES = ("x", "dt", "A", "B", "C", "D", "dt_bias")
+# Norm-relative error against float64 on the same inputs.
+TOLERANCES = {
+    torch.float32: {"y": 1e-6, "x": 1e-6, "other": 1e-5},
+    torch.float64: {"y": 1e-13, "x": 1e-13, "other": 1e-12},
+}
+
+
+@pytest.fixture(autouse=True)
+def _library():
+    reason = native.unavailable_reason(torch.device("cpu"))
+    if reason is not None:
+        if os.environ.get("MEDMAMBA_REQUIRE_NATIVE") == "1":
+            pytest.fail(f"MEDMAMBA_REQUIRE_NATIVE=1 and {reason}", pytrace=False)
+        pytest.skip(reason)
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def nan_outputs(monkeypatch):
+    """Every buffer that the backend allocates starts as NaN."""
+    real = torch.empty
+    monkeypatch.setattr(native.torch, "empty", lambda *a, **kw: real(*a, **kw).fill_(math.nan))
+
+
+@dataclass(frozen=True)
+class Case:
+    """Arguments of one backend call."""
+
+    x: Tensor
+    dt: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor | None
+    dt_bias: Tensor | None
+    dt_mask: Tensor | None
+    order: Tensor
+    starts: Tensor | None
+    dt_softplus: bool = True
+    merge: str = "sum"
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return tuple(getattr(self, name) for name in NAMES)
+
+    @property
+    def options(self) -> dict:
+        return {name: getattr(self, name) for name in ("order", "starts", "dt_softplus", "merge")}
+
+    def to(self, dtype: torch.dtype) -> Case:
+        changed = {name: getattr(self, name).to(dtype) for name in NAMES if getattr(self, name) is not None}
+        return replace(self, **changed)
+
+    def cotangent(self) -> Tensor:
+        batch, length, channels = self.x.shape
+        shape = (batch, length, channels) if self.merge == "sum" else (batch, len(self.order), length, channels)
+        return torch.randn(shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+
+    def run(self) -> dict[str, Tensor]:
+        """y and all gradients from the native backend, keyed by name; absent inputs have no gradient."""
+        y, states = native.forward(*self.tensors, self.dt_mask, **self.options)
+        dy = self.cotangent().to(y.dtype)
+        gradients = native.backward(dy, *self.tensors, self.dt_mask, states, **self.options)
+        for gradient, tensor in zip(gradients, self.tensors, strict=True):
+            assert (gradient is None) == (tensor is None)
+        return {"y": y} | {n: g for n, g in zip(NAMES, gradients, strict=True) if g is not None}
+
+    def expect(self) -> dict[str, Tensor]:
+        """The same from the loop, in float64, through autograd."""
+        case = self.to(torch.float64)
+        leaves = {n: getattr(case, n).requires_grad_() for n in NAMES if getattr(case, n) is not None}
+        y = loop(replace(case, **leaves))
+        gradients = torch.autograd.grad((y * self.cotangent()).sum(), list(leaves.values()))
+        return {"y": y.detach(), **dict(zip(leaves, gradients, strict=True))}
+
+
+def loop(c: Case) -> Tensor:
+    """One token after the other, all routes and samples at once; the definition of the scan."""
+    route = c.order.long()
+    dt = c.dt if c.dt_bias is None else c.dt + c.dt_bias
+    dt = F.softplus(dt) if c.dt_softplus else dt
+    k = torch.arange(len(route)).unsqueeze(1)
+    dt_BKLC, B_BKLN, C_BKLN = dt[:, route, k], c.B[:, route, k], c.C[:, route, k]
+    x_BKLC = c.x[:, route]
+    visible = torch.ones(x_BKLC.shape[:3], dtype=torch.bool)
+    if c.dt_mask is not None:
+        visible = c.dt_mask[:, route]
+        hidden = ~visible.unsqueeze(-1)
+        dt_BKLC, x_BKLC = dt_BKLC.masked_fill(hidden, 0), x_BKLC.masked_fill(hidden, 0)
+        B_BKLN, C_BKLN = B_BKLN.masked_fill(hidden, 0), C_BKLN.masked_fill(hidden, 0)
+    keep = torch.ones(route.shape, dtype=c.x.dtype) if c.starts is None else (~c.starts).to(c.x.dtype)
+    steps = (dt_BKLC.unbind(2), x_BKLC.unbind(2), B_BKLN.unbind(2), keep.unbind(1))
+    h, states = torch.zeros(1, dtype=c.x.dtype), []
+    for step, value, weight, kept in zip(*steps, strict=True):
+        drive = (step * value).unsqueeze(-1) * weight.unsqueeze(2)
+        h = torch.exp(step.unsqueeze(-1) * c.A) * (h * kept.view(-1, 1, 1)) + drive
+        states.append(h)
+    y = torch.einsum("bklcn,bkln->bklc", torch.stack(states, 2), C_BKLN)
+    if c.D is not None:
+        y = y + c.D.unsqueeze(1) * x_BKLC
+    y = y * visible.unsqueeze(-1)
+    y = torch.zeros_like(y).index_put((torch.arange(len(y)).view(-1, 1, 1), k, route), y)
+    return y.sum(1) if c.merge == "sum" else y
+
+
+def make(
+    batch=1, length=65, channels=8, states=4, routes=1, *, merge="sum", mask=0.0, resets=0.0, plain=False, seed=0
+) -> Case:
+    """A random float64 case of ordinary magnitude on random permutations; ``plain`` has no D and no bias."""
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=g, dtype=torch.float64)
+
+    return Case(
+        x=normal(batch, length, channels),
+        dt=normal(batch, length, routes, channels),
+        A=-torch.exp(normal(routes, channels, states)),
+        B=normal(batch, length, routes, states),
+        C=normal(batch, length, routes, states),
+        D=None if plain else normal(routes, channels),
+        dt_bias=None if plain else normal(routes, channels) - 2,
+        dt_mask=torch.rand(batch, length, generator=g) >= mask if mask else None,
+        order=torch.stack([torch.randperm(length, generator=g).int() for _ in range(routes)]),
+        starts=torch.rand(routes, length, generator=g) < resets if resets else None,
+        merge=merge,
+    )
+
+
+def assert_close(got: dict[str, Tensor], expected: dict[str, Tensor], dtype: torch.dtype) -> None:
+    assert set(got) == set(expected)
+    for name, value in expected.items():
+        assert got[name].dtype == dtype
+        assert got[name].shape == value.shape, name
+        scale = value.norm().item() or 1.0
+        error = (got[name].double() - value).norm().item() / scale
+        limit = TOLERANCES[dtype].get(name, TOLERANCES[dtype]["other"])
+        assert error <= limit, f"{name}: norm-relative error {error:.2e} above {limit:.0e}"
+
+
+def assert_same_bits(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    for name, value in expected.items():
+        assert torch.equal(got[name], value), name
+
+
+CASES = {
+    "one token": {"length": 1, "channels": 1, "states": 1},
+    "two tokens": {"length": 2, "channels": 3, "states": 16, "routes": 2},
+    "a block less one": {"length": 63, "channels": 17, "states": 8, "routes": 6},
+    "a block": {"length": 64, "channels": 8, "states": 1, "routes": 2, "merge": "none"},
+    "a block and one": {"length": 65, "channels": 96, "states": 4},
+    "two blocks less one": {"length": 127, "channels": 17, "states": 3, "routes": 6, "merge": "none"},
+    "long": {"length": 1000, "channels": 17, "states": 16, "routes": 2},
+    "long, one state": {"length": 1000, "channels": 96, "states": 1, "routes": 6},
+    "64 states": {"length": 127, "channels": 8, "states": 64, "routes": 2},
+    "15 states": {"length": 70, "channels": 33, "states": 15},
+    "one channel": {"length": 127, "channels": 1, "states": 8, "routes": 6},
+    "no D, no bias": {"length": 100, "channels": 17, "states": 4, "routes": 2, "plain": True},
+    "three samples": {"batch": 3, "length": 65, "channels": 8, "states": 4, "routes": 2},
+    "resets": {"length": 200, "channels": 17, "states": 8, "routes": 6, "resets": 0.1},
+    "a reset at every token": {"length": 130, "channels": 3, "states": 4, "routes": 2, "resets": 1.0},
+    "masked": {"batch": 2, "length": 200, "channels": 17, "states": 16, "routes": 6, "mask": 0.5},
+    "masked, apart": {"batch": 2, "length": 130, "channels": 8, "routes": 2, "mask": 0.5, "merge": "none"},
+    "nearly all masked": {"length": 1000, "channels": 8, "states": 4, "routes": 2, "mask": 0.98},
+    "all masked": {"length": 130, "channels": 8, "states": 4, "routes": 2, "mask": 2.0},
+    "masked with resets": {
+        "batch": 2, "length": 300, "channels": 17, "states": 3, "routes": 6, "mask": 0.7, "resets": 0.1,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=["float32", "float64"])
+@pytest.mark.parametrize("name", CASES)
+def test_values_and_gradients_equal_the_definition(name, dtype, nan_outputs):
+    case = make(**CASES[name]).to(dtype)
+    assert_close(case.run(), case.expect(), dtype)
+
+
+@pytest.mark.parametrize("rate", [1e-4, 1e3])
+@pytest.mark.parametrize("dt", [0.0, 1e-6, 1.0, 30.0, 100.0])
+def test_extreme_steps_and_decays_stay_exact(dt, rate):
+    # Short enough for float32: one rounding of a decay that is the same at every step adds up over its memory.
+    case = replace(make(length=40, channels=17, states=3, routes=2, plain=True), dt_softplus=False)
+    case = replace(case, dt=torch.full_like(case.dt, dt), A=torch.full_like(case.A, -rate)).to(torch.float32)
+    assert_close(case.run(), case.expect(), torch.float32)
+
+
+@pytest.mark.parametrize("raw", [-30.0, -20.0, -7.0, 0.0, 19.9, 20.1, 90.0])
+def test_softplus_is_accurate_far_from_zero(raw):
+    case = make(length=130, channels=17, states=2, plain=True)
+    case = replace(case, dt=raw + 0.1 * case.dt, A=case.A / (1 + abs(raw))).to(torch.float32)
+    assert_close(case.run(), case.expect(), torch.float32)
+
+
+def test_a_long_slow_decay_drifts_no_more_than_torch_in_float32():
+    case = replace(make(length=2048, channels=16, states=2, plain=True), dt_softplus=False)
+    case = replace(case, x=case.x.abs(), B=case.B.abs(), dt=case.dt.abs() * 0.02, A=case.A / 20)
+    case = case.to(torch.float32)
+    expected = loop(case.to(torch.float64))
+
+    def error(y: Tensor) -> float:
+        return ((y.double() - expected).norm() / expected.norm()).item()
+
+    y, _ = native.forward(*case.tensors, None, **case.options)
+    assert error(y) <= 1.5 * error(loop(case))
+
+
+@pytest.mark.parametrize("product", [-1e3, -1e7, -1e20, -3e38, -math.inf])
+def test_a_huge_decay_forgets_everything_and_is_not_nan(product):
+    case = replace(make(length=70, channels=17, states=3, plain=True), dt_softplus=False)
+    case = replace(case, dt=torch.ones_like(case.dt), A=torch.full_like(case.A, product)).to(torch.float32)
+    y, _ = native.forward(*case.tensors, None, **case.options)
+    alone = replace(case, starts=torch.ones(1, 70, dtype=torch.bool))
+    assert torch.equal(y, native.forward(*alone.tensors, None, **alone.options)[0])
+
+
+def test_growing_states_are_right_until_they_overflow_to_infinity():
+    case = replace(make(length=20, channels=17, states=2, plain=True), dt_softplus=False)
+    case = replace(case, dt=torch.ones_like(case.dt), A=-0.1 * case.A).to(torch.float32)
+    assert_close(case.run(), case.expect(), torch.float32)
+    case = replace(case, A=torch.full_like(case.A, 80.0), x=case.x.abs(), B=case.B.abs(), C=case.C.abs())
+    y, _ = native.forward(*case.tensors, None, **case.options)
+    assert bool((y[0, case.order[0, 2:].long()] == math.inf).all())
+
+
+def test_nan_inputs_give_nan_and_only_where_they_reach():
+    case = make(length=200, channels=17, states=3).to(torch.float32)
+    at = int(case.order[0, 100])
+    dt = case.dt.clone()
+    dt[0, at, 0, 5] = math.nan
+    y, _ = native.forward(*replace(case, dt=dt).tensors, None, **case.options)
+    clean, _ = native.forward(*case.tensors, None, **case.options)
+    order = case.order[0].long()
+    assert bool(y[0, order[100:], 5].isnan().all())
+    y[0, order[100:], 5] = clean[0, order[100:], 5]
+    assert torch.equal(y, clean)
+
+
+def test_what_masked_tokens_hold_is_never_read():
+    case = make(batch=2, length=200, channels=17, states=5, routes=2, mask=0.5, resets=0.05).to(torch.float32)
+    poisoned = {}
+    for name in ("x", "dt", "B", "C"):
+        tensor = getattr(case, name).clone()
+        tensor[~case.dt_mask] = math.nan
+        poisoned[name] = tensor
+    got = replace(case, **poisoned).run()
+    assert_same_bits(got, case.run())
+    for name in ("y", "x", "dt", "B", "C"):
+        assert bool((got[name][~case.dt_mask] == 0).all()), name
+
+
+def test_masking_equals_cutting_the_tokens_out():
+    case = make(length=200, channels=17, states=5, mask=0.5).to(torch.float32)
+    kept = case.dt_mask[0]
+    number = torch.cumsum(kept, 0) - 1
+    order = number[case.order[0].long()][kept[case.order[0].long()]].int().unsqueeze(0)
+    cut = {name: getattr(case, name)[:, kept] for name in ("x", "dt", "B", "C")}
+    short = replace(case, **cut, dt_mask=None, order=order)
+    y = native.forward(*case.tensors, case.dt_mask, **case.options)[0]
+    torch.testing.assert_close(y[:, kept], native.forward(*short.tensors, None, **short.options)[0])
+
+
+def test_strides_do_not_matter():
+    case = make(batch=2, length=130, channels=17, states=5, routes=3, mask=0.2).to(torch.float32)
+    both = torch.cat([case.B, case.C, case.dt], dim=-1)  # one projection, read in place
+    B, C, dt = both.split([5, 5, 17], dim=-1)
+    spread = replace(case, B=B, C=C, dt=dt, x=case.x.mT.contiguous().mT, A=case.A.mT.contiguous().mT)
+    assert not any(t.is_contiguous() for t in (spread.B, spread.C, spread.dt, spread.x, spread.A))
+    assert_same_bits(spread.run(), case.run())
+
+
+def test_gradients_accept_expanded_and_transposed_cotangents():
+    for merge in ("sum", "none"):
+        case = make(length=70, channels=8, routes=2, merge=merge).to(torch.float32)
+        y, states = native.forward(*case.tensors, None, **case.options)
+        for dy in (torch.ones(()).expand_as(y), torch.randn_like(y.mT.contiguous()).mT):
+            strided = native.backward(dy, *case.tensors, None, states, **case.options)
+            plain = native.backward(dy.contiguous(), *case.tensors, None, states, **case.options)
+            assert all(torch.equal(a, b) for a, b in zip(strided, plain, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_computed_in_float32(dtype):
+    case = make(length=130, channels=17, states=5, routes=2).to(dtype)
+    assert_same_bits(case.run(), case.to(torch.float32).run())
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3])
+@pytest.mark.parametrize("channels", [16, 80])
+def test_any_number_of_threads_gives_the_same_bits(threads, batch, channels):
+    length = 6000 // batch if channels == 80 else 20000 // batch
+    case = make(batch, length, channels, states=5, routes=3, mask=0.1, resets=0.01).to(torch.float32)
+    threads(1)
+    expected = case.run()
+    for count in (1, 2, 3, 7):
+        threads(count)
+        assert_same_bits(case.run(), expected)
+
+
+def test_calls_from_several_python_threads_do_not_disturb_one_another():
+    cases = [make(length=500, channels=17, states=5, routes=2, seed=s).to(torch.float32) for s in range(4)]
+    expected = [case.run() for case in cases]
+    with ThreadPoolExecutor(4) as pool:
+        for got, want in zip(pool.map(Case.run, cases * 4), expected * 4, strict=True):
+            assert_same_bits(got, want)
+
+
+def test_a_call_leaves_the_floating_point_mode_as_it_was():
+    make().to(torch.float32).run()
+    tiny = torch.full((4,), 1e-40)
+    assert bool((tiny * 0.5 > 0).all())
+
+
+def test_inference_saves_no_states():
+    case = make(length=130).to(torch.float32)
+    y, states = native.forward(*case.tensors, None, **case.options, save_states=False)
+    assert states.numel() == 0
+    assert torch.equal(y, native.forward(*case.tensors, None, **case.options)[0])
+    with pytest.raises(ValueError, match="run forward with save_states=True"):
+        native.backward(torch.ones_like(y), *case.tensors, None, states, **case.options)
+
+
+@pytest.mark.parametrize("empty", [{"batch": 0}, {"length": 0}, {"channels": 0}], ids=str)
+def test_empty_axes_give_empty_results_and_zero_parameter_gradients(empty, nan_outputs):
+    got = make(**{"batch": 1, "length": 5, "channels": 3, "routes": 2} | empty).to(torch.float32).run()
+    assert all(bool((value == 0).all()) for value in got.values())
+
+
+def _with_index(case: Case, value: int) -> Tensor:
+    order = case.order.clone()
+    order[0, 3] = value
+    return order
+
+
+WRONG = {
+    "an index beyond the volume": (lambda c: {"order": _with_index(c, 65)}, ValueError, "outside 0..L-1"),
+    "a negative index": (lambda c: {"order": _with_index(c, -1)}, ValueError, "outside 0..L-1"),
+    "an order of int64": (lambda c: {"order": c.order.long()}, TypeError, "order has dtype torch.int64"),
+    "a short order": (lambda c: {"order": c.order[:, :9]}, ValueError, r"order has shape \(1, 9\)"),
+    "a strided order": (lambda c: {"order": c.order.repeat(1, 2)[:, ::2]}, ValueError, "must be contiguous"),
+    "starts of integers": (lambda c: {"starts": c.order}, TypeError, "starts has dtype torch.int32"),
+    "a mask of floats": (lambda c: {"dt_mask": torch.ones(1, 65)}, TypeError, "dt_mask has dtype"),
+    "a mask of another size": (
+        lambda c: {"dt_mask": torch.ones(1, 6, dtype=torch.bool)}, ValueError, r"dt_mask has shape \(1, 6\)",
+    ),
+    "dt of two routes": (lambda c: {"dt": c.dt.repeat(1, 1, 2, 1)}, ValueError, "dt has shape"),
+    "A of other channels": (lambda c: {"A": c.A[:, :5]}, ValueError, r"A has shape \(1, 5, 4\)"),
+    "B of other states": (lambda c: {"B": c.B[..., :3]}, ValueError, "B has shape"),
+    "C on the meta device": (lambda c: {"C": c.C.to("meta")}, ValueError, "C is on meta"),
+    "D of one axis": (lambda c: {"D": c.D[0]}, ValueError, r"D has shape \(8,\)"),
+    "x of two axes": (lambda c: {"x": c.x[0]}, ValueError, r"expected \(Bt, L, Ch\)"),
+    "no state": (
+        lambda c: {"A": c.A[..., :0], "B": c.B[..., :0], "C": c.C[..., :0]}, native.NativeError, "zero where",
+    ),
+    "an unknown merge": (lambda c: {"merge": "mean"}, ValueError, "merge is 'mean'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_arguments_raise_and_are_named(name):
+    change, error, message = WRONG[name]
+    case = make()
+    case = replace(case, **change(case))
+    with pytest.raises(error, match=message):
+        native.forward(*case.tensors, case.dt_mask, **case.options)
+
+
+def test_gradients_of_another_shape_raise():
+    case = make()
+    y, states = native.forward(*case.tensors, None, **case.options)
+    with pytest.raises(ValueError, match="dy has shape"):
+        native.backward(y[:, :-1], *case.tensors, None, states, **case.options)
+
+
+BROKEN = {
+    "another version of the struct": ({"struct_size": 8}, 1),
+    "a negative batch": ({"batch": -1}, 2),
+    "no route": ({"routes": 0}, 2),
+    "sizes beyond 64 bits": ({"batch": 2**31, "length": 2**31 - 1, "channels": 2**31}, 2),
+    "more tokens than int32 counts": ({"length": 2**31}, 2),
+    "an unknown dtype": ({"dtype": 7}, 3),
+    "an unknown merge": ({"merge": 2}, 3),
+    "no thread": ({"threads": 0}, 3),
+    "no x": ({"x": None}, 4),
+    "no y": ({"y": None}, 4),
+    "no order": ({"order": None}, 4),
+    "a misaligned A": ({"A": 4097}, 4),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_the_library_answers_a_broken_call_with_a_status(name):
+    case = make().to(torch.float32)
+    call = native._Call(*case.tensors, None, *case.options.values())
+    call.empty("y", 1, 65, 8)
+    library = native._library()
+    assert library.medmamba_scan_forward(ctypes.byref(call.scan)) == 0
+    fields_of_call, status = BROKEN[name]
+    for field, value in fields_of_call.items():
+        setattr(call.scan, field, value)
+    assert library.medmamba_scan_forward(ctypes.byref(call.scan)) == status
+    assert library.medmamba_scan_forward(None) == 1
+    text = library.medmamba_status_text(status).decode()
+    assert text
+    assert text != library.medmamba_status_text(-1).decode()
+
+
+def test_scratch_memory_that_cannot_be_had_is_an_error():
+    # 2^40 channels: sizes fit in 64 bits, the scratch does not fit in any machine; nothing is read before.
+    case = make(length=1).to(torch.float32)
+    call = native._Call(*case.tensors, None, *case.options.values())
+    call.empty("y", 1, 1, 8)
+    call.scan.channels = 2**44
+    assert native._library().medmamba_scan_forward(ctypes.byref(call.scan)) == native.OUT_OF_MEMORY
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 1, 1), (2, 64, 6, 17, 16), (3, 1000, 4, 96, 5)], ids=str)
+def test_python_and_library_agree_on_the_size_of_the_states(sizes):
+    batch, length, routes, channels, states = sizes
+    scan = native._Scan(ctypes.sizeof(native._Scan), batch, length, channels, routes, states, threads=1)
+    size = native._library().medmamba_scan_checkpoint_size(ctypes.byref(scan))
+    assert size == math.prod(native.states_shape(batch, length, routes, channels, states, "cpu"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks the ELF dynamic linker")
+def test_the_library_brings_no_visible_cpp_runtime_beside_that_of_torch():
+    library = native._library()
+    assert hasattr(library, "medmamba_scan_forward")
+    for name in ("__cxa_throw", "_Znwm", "_ZSt9terminatev"):
+        assert not hasattr(library, name), name
+
+
+# --- other instruction sets and sanitizers, each in a process of its own -------------------------------------------
+
+
+CHILD = "MEDMAMBA_TEST_NATIVE_CHILD"  # set in the processes below: they start no further ones
+
+
+def run_tests(selection: str, timeout: int, **environment: str) -> subprocess.CompletedProcess:
+    if CHILD in os.environ:
+        pytest.skip("this is a child process already")
+    command = [sys.executable, "-m", "pytest", __file__, "-q", "-x", "-p", "no:cacheprovider", "-k", selection]
+    return subprocess.run(
+        command,
+        cwd=ROOT,
+        env={**os.environ, CHILD: "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+def instruction_sets() -> list[str]:
+    """What this machine can run, from the kernel's own list of CPU features."""
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    names = ["baseline"]
+    if "avx2" in flags and "fma" in flags:
+        names.append("avx2")
+    if all(f"avx512{part}" in flags for part in ("f", "dq", "bw", "vl")):
+        names.append("avx512")
+    return names
+
+
+def test_the_best_instruction_set_is_chosen_unless_one_is_forced():
+    assert native.isa() == (os.environ.get("MEDMAMBA_NATIVE_ISA") or instruction_sets()[-1])
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_every_instruction_set_equals_the_definition(isa):
+    if isa == native.isa():
+        pytest.skip(f"{isa} is what this process tests already")
+    if isa not in instruction_sets():
+        pytest.skip(f"this CPU does not have {isa}")
+    done = run_tests("equal_the_definition or forced or extreme", 300, MEDMAMBA_NATIVE_ISA=isa)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout
+
+
+def test_an_unknown_instruction_set_is_refused_with_a_reason():
+    code = (
+        "import torch; from medmamba_kernels.backends import native; "
+        "print(native.unavailable_reason(torch.device('cpu')))"
+    )
+    environment = {**os.environ, "MEDMAMBA_NATIVE_ISA": "mmx"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("MEDMAMBA_NATIVE_ISA=mmx names an instruction set")
+
+
+def test_reasons_why_the_library_cannot_be_used(monkeypatch, tmp_path):
+    assert "computes on the CPU" in native.unavailable_reason(torch.device("meta"))
+    (tmp_path / "broken.so").write_bytes(b"no library")
+    for path, reason in ((tmp_path / "absent.so", "cannot be loaded"), (tmp_path / "broken.so", "cannot be loaded")):
+        monkeypatch.setenv("MEDMAMBA_NATIVE_LIBRARY", str(path))
+        native._load.cache_clear()
+        assert reason in native.unavailable_reason(torch.device("cpu"))
+        with pytest.raises(native.NativeError, match="the native back end cannot run"):
+            native.isa()
+    monkeypatch.delenv("MEDMAMBA_NATIVE_LIBRARY")
+    monkeypatch.setattr(native, "LIBRARY_NAMES", ("nothing.so",))
+    native._load.cache_clear()
+    assert "without its compiled library" in native.unavailable_reason(torch.device("cpu"))
+    native._load.cache_clear()
+
+
+@pytest.mark.slow
+def test_the_sanitizers_find_nothing(tmp_path):
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    if compiler is None or shutil.which("cmake") is None:
+        pytest.skip("needs cmake and a C++ compiler")
+    runtime = subprocess.run(
+        [compiler, "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    if not Path(runtime).is_absolute():
+        pytest.skip(f"{compiler} comes without libasan.so")
+    configure = ["cmake", "-S", ROOT, "-B", tmp_path, "-DMEDMAMBA_SANITIZE=ON"]
+    for command in (configure, ["cmake", "--build", tmp_path]):
+        built = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert built.returncode == 0, built.stdout + built.stderr
+    for isa in instruction_sets():
+        done = run_tests(
+            # Not the test that asks for more memory than there is: the sanitizer's allocator aborts.
+            "not instruction and not sanitizers and not reasons and not scratch and not runtime",
+            1200,
+            MEDMAMBA_NATIVE_LIBRARY=str(tmp_path / "_native.so"),
+            MEDMAMBA_NATIVE_ISA=isa,
+            LD_PRELOAD=runtime,
+            # Python and torch keep memory to the end; only what our library does counts.
+            ASAN_OPTIONS="detect_leaks=0:abort_on_error=1",
+            UBSAN_OPTIONS="halt_on_error=1:print_stacktrace=1",
+        )
+        assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
