@@ -1,0 +1,215 @@
+"""Write the generated tables of the documents, or check that they are fresh.
+
+    python tools/tables.py            rewrites every table in place
+    python tools/tables.py --check    names the stale ones and returns 1
+
+A table stands between ``<!-- table: NAME -->`` and ``<!-- end table -->``; ``TABLES`` holds the function that
+makes NAME. Development only: the package does not import this file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+MARKED = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end table -->)", re.DOTALL)
+
+# The example of every parameter count: 3D, 1 input channel, 3 classes, six stages.
+INPUT_CHANNELS, NUM_CLASSES = 1, 3
+STRIDES = [[1, 1, 1], *[[2, 2, 2]] * 5]
+# The published geometry starts with a patch embedding of stride 4 and has four stages.
+PUBLISHED_STRIDES = [[1, 1, 1], [4, 4, 4], *[[2, 2, 2]] * 3]
+
+
+def count_parameters(name: str, **kwargs: object) -> int:
+    """Parameters of a network, built without memory for them."""
+    import torch
+
+    from medmamba.networks import create_network
+
+    with torch.device("meta"):
+        network = create_network(name, INPUT_CHANNELS, NUM_CLASSES, **kwargs)
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def networks_table() -> str:
+    from medmamba.networks import NETWORKS
+
+    rows = []
+    for name in sorted(NETWORKS):
+        spec = NETWORKS[name]
+        native = count_parameters(name, strides=STRIDES)
+        published = count_parameters(name, strides=PUBLISHED_STRIDES, geometry="faithful")
+        paper = f"[{spec.paper.title}]({spec.paper.link}), {spec.paper.year}, {spec.paper.dimensions}D"
+        changes = "<br>".join(f"{i}. {text}" for i, text in enumerate(spec.departures, start=1))
+        rows.append([f"`{name}`", paper, _millions(native), _millions(published), changes])
+    return _table(
+        [
+            "network",
+            "paper",
+            "parameters, `native`",
+            "parameters, `faithful`",
+            "what we changed against the paper",
+        ],
+        rows,
+    )
+
+
+def route_sets_table() -> str:
+    from medmamba_kernels import ROUTE_SETS
+
+    rows = [
+        [f"`{name}`", str(len(routes)), " ".join(f"`{route}`" for route in routes)]
+        for name, routes in sorted(ROUTE_SETS.items())
+    ]
+    return _table(["set", "routes", "in the order of the scan's route axis"], rows)
+
+
+def curves_table() -> str:
+    from medmamba_kernels.curves import CURVES, LINEWISE_CURVES, PLANEWISE_CURVES
+
+    rows = []
+    for name, curve in sorted(CURVES.items()):
+        resets = ["`volume`", "`phase`"]
+        resets += ["`plane`"] * (name in PLANEWISE_CURVES) + ["`line`"] * (name in LINEWISE_CURVES)
+        how = _first_line(sys.modules[curve.__module__].__doc__)
+        rows.append([f"`{name}`", how, ", ".join(resets)])
+    return _table(["curve", "how it fills the grid", "possible resets"], rows)
+
+
+def ssm_modes_table() -> str:
+    from medmamba.mixers import CORES
+
+    return _table(
+        ["`ssm_mode`", "what stands in the place of the scan"],
+        [[f"`{name}`", _first_line(core.__doc__)] for name, core in sorted(CORES.items())],
+    )
+
+
+def commands_table() -> str:
+    return "\n".join(_command_sections())
+
+
+def _command_sections() -> Iterator[str]:
+    from medmamba import cli
+
+    for name, entry in sorted(cli.find_commands().items()):
+        if entry.dist is None or entry.dist.name != "medmamba":
+            continue
+        command = entry.load()
+        parser = cli.command_parser(name, command)
+        yield f"### medmamba {name}\n"
+        summary = _cell(parser.description or command.help)
+        yield f"{summary[0].upper()}{summary[1:]}.\n"
+        if command.passthrough:
+            yield "All further arguments are handed over untouched.\n"
+        formatter = parser._get_formatter()
+        rows = [
+            [f"`{_spelling(action)}`", _default(action), _meaning(formatter, action)]
+            for action in parser._actions
+            if not isinstance(action, argparse._HelpAction) and action.help != argparse.SUPPRESS
+        ]
+        if rows:
+            yield _table(["argument", "default", "meaning"], rows)
+
+
+def _meaning(formatter: argparse.HelpFormatter, action: argparse.Action) -> str:
+    """The help text with its placeholders filled in; the default has a column of its own."""
+    text = formatter._expand_help(action) if action.help else ""
+    return _cell(re.sub(r"[;,]?\s*\(default:? [^()]*\)$", "", text)) if _default(action) else _cell(text)
+
+
+def _spelling(action: argparse.Action) -> str:
+    value = "" if action.nargs == 0 else action.metavar or _choices(action) or action.dest.upper()
+    if isinstance(value, tuple):
+        value = " ".join(value)
+    if not action.option_strings:
+        return value
+    return ", ".join(action.option_strings) + (f" {value}" if value else "")
+
+
+def _choices(action: argparse.Action) -> str:
+    return "|".join(str(choice) for choice in action.choices) if action.choices else ""
+
+
+def _default(action: argparse.Action) -> str:
+    if action.required:
+        return "required"
+    if action.nargs == 0 or action.default in (None, argparse.SUPPRESS):
+        return ""
+    return f"`{action.default}`"
+
+
+def _first_line(docstring: str | None) -> str:
+    """First paragraph of a docstring, its reStructuredText marks turned into Markdown."""
+    text = (docstring or "").strip().partition("\n\n")[0].replace("``", "`")
+    return _cell(re.sub(r":\w+:`~?([\w.]+)`", r"`\1`", text))
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.replace("|", "\\|").replace("<", "&lt;").split())
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:.3f} M"
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "commands": commands_table,
+    "curves": curves_table,
+    "networks": networks_table,
+    "route-sets": route_sets_table,
+    "ssm-modes": ssm_modes_table,
+}
+
+
+def documents() -> list[Path]:
+    """All Markdown files of the repository that may hold a table."""
+    top = [CHECKOUT / "README.md", *CHECKOUT.glob("*/README.md")]
+    return sorted([*top, *(CHECKOUT / "docs").rglob("*.md")])
+
+
+def refreshed(text: str) -> str:
+    """A document with all its tables made anew.
+
+    Raises:
+        KeyError: a marker with a name that ``TABLES`` does not hold.
+    """
+
+    def fill(match: re.Match[str]) -> str:
+        name = match["name"]
+        if name not in TABLES:
+            raise KeyError(f"no table {name!r}; known: {', '.join(sorted(TABLES))}")
+        return f"{match[1]}{TABLES[name]()}{match[3]}"
+
+    return MARKED.sub(fill, text)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Write the generated tables of the documents.")
+    parser.add_argument("--check", action="store_true", help="write nothing; return 1 when a table is stale")
+    check = parser.parse_args(argv).check
+    stale = []
+    for path in documents():
+        text = path.read_text(encoding="utf-8")
+        fresh = refreshed(text)
+        if fresh != text:
+            stale.append(str(path.relative_to(CHECKOUT)))
+            if not check:
+                path.write_text(fresh, encoding="utf-8")
+    for name in stale:
+        print(f"{'stale' if check else 'written'}: {name}")
+    return int(check and bool(stale))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
