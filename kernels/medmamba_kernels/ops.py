@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from .backends import BACKENDS, choose_backend
-from .routes import Grid, Route, RouteTable, checked_grid, parse_route, resolve_routes, route_table
+from .inputs import ScanInputs
+from .routes import Grid, Route, checked_grid, parse_route, resolve_routes, route_table
 
 MERGES = ("sum", "mean", "none")
 
@@ -154,8 +155,22 @@ def _full_precision(x: Tensor) -> torch.autocast:
     return torch.autocast(x.device.type, enabled=False)
 
 
-def _table(routes: str, grid: Sequence[int]) -> RouteTable:
-    return route_table(tuple(parse_route(text) for text in routes.split()), checked_grid(grid))
+def _inputs(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_mask: Tensor | None,
+    routes: str,
+    grid: Sequence[int],
+    dt_softplus: bool,
+    merge: str,
+) -> ScanInputs:
+    table = route_table(tuple(parse_route(text) for text in routes.split()), checked_grid(grid))
+    return ScanInputs(x, dt, A, B, C, D, dt_bias, dt_mask, table.order, table.starts, dt_softplus, merge)
 
 
 @torch.library.custom_op("medmamba::selective_scan", mutates_args=())
@@ -175,23 +190,9 @@ def _scan(
     save_states: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    table = _table(routes, grid)
+    inputs = _inputs(x, dt, A, B, C, D, dt_bias, dt_mask, routes, grid, dt_softplus, merge)
     with _full_precision(x):
-        y, states = BACKENDS[backend].forward(
-            x,
-            dt,
-            A,
-            B,
-            C,
-            D,
-            dt_bias,
-            dt_mask,
-            order=table.order,
-            starts=table.starts,
-            dt_softplus=dt_softplus,
-            merge=merge,
-            save_states=save_states,
-        )
+        y, states = BACKENDS[backend].forward(inputs, save_states=save_states)
     return y.to(_output_dtype(x)), states
 
 
@@ -227,27 +228,13 @@ def _scan_backward(
     merge: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    table = _table(routes, grid)
+    inputs = _inputs(x, dt, A, B, C, D, dt_bias, dt_mask, routes, grid, dt_softplus, merge)
     with _full_precision(x):
-        gradients = BACKENDS[backend].backward(
-            dy,
-            x,
-            dt,
-            A,
-            B,
-            C,
-            D,
-            dt_bias,
-            dt_mask,
-            states,
-            order=table.order,
-            starts=table.starts,
-            dt_softplus=dt_softplus,
-            merge=merge,
-        )
-    inputs = (x, dt, A, B, C, D, dt_bias)
+        gradients = BACKENDS[backend].backward(inputs, dy, states)
     # An operator returns tensors only: an absent input answers with an empty one.
-    return tuple(x.new_empty(0) if t is None else g.to(t.dtype) for g, t in zip(gradients, inputs, strict=True))  # type: ignore[return-value]
+    return tuple(
+        x.new_empty(0) if t is None else g.to(t.dtype) for g, t in zip(gradients, inputs.differentiable, strict=True)
+    )  # type: ignore[return-value]
 
 
 @_scan_backward.register_fake

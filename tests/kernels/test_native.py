@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from medmamba_kernels.backends import native
+from medmamba_kernels.inputs import ScanInputs
 
 ROOT = Path(__file__).parents[2]
 NAMES = ("x", "dt", "A", "B", "C", "D", "dt_bias")
@@ -56,29 +57,8 @@ def nan_outputs(monkeypatch):
 
 
 @dataclass(frozen=True)
-class Case:
-    """Arguments of one backend call."""
-
-    x: Tensor
-    dt: Tensor
-    A: Tensor
-    B: Tensor
-    C: Tensor
-    D: Tensor | None
-    dt_bias: Tensor | None
-    dt_mask: Tensor | None
-    order: Tensor
-    starts: Tensor | None
-    dt_softplus: bool = True
-    merge: str = "sum"
-
-    @property
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        return tuple(getattr(self, name) for name in NAMES)
-
-    @property
-    def options(self) -> dict:
-        return {name: getattr(self, name) for name in ("order", "starts", "dt_softplus", "merge")}
+class Case(ScanInputs):
+    """Arguments of one backend call, and what must come out."""
 
     def to(self, dtype: torch.dtype) -> Case:
         changed = {name: getattr(self, name).to(dtype) for name in NAMES if getattr(self, name) is not None}
@@ -91,10 +71,10 @@ class Case:
 
     def run(self) -> dict[str, Tensor]:
         """y and all gradients from the native backend, keyed by name; absent inputs have no gradient."""
-        y, states = native.forward(*self.tensors, self.dt_mask, **self.options)
+        y, states = native.forward(self)
         dy = self.cotangent().to(y.dtype)
-        gradients = native.backward(dy, *self.tensors, self.dt_mask, states, **self.options)
-        for gradient, tensor in zip(gradients, self.tensors, strict=True):
+        gradients = native.backward(self, dy, states)
+        for gradient, tensor in zip(gradients, self.differentiable, strict=True):
             assert (gradient is None) == (tensor is None)
         return {"y": y} | {n: g for n, g in zip(NAMES, gradients, strict=True) if g is not None}
 
@@ -234,7 +214,7 @@ def test_a_long_slow_decay_drifts_no_more_than_torch_in_float32():
     def error(y: Tensor) -> float:
         return ((y.double() - expected).norm() / expected.norm()).item()
 
-    y, _ = native.forward(*case.tensors, None, **case.options)
+    y, _ = native.forward(case)
     assert error(y) <= 1.5 * error(loop(case))
 
 
@@ -242,9 +222,9 @@ def test_a_long_slow_decay_drifts_no_more_than_torch_in_float32():
 def test_a_huge_decay_forgets_everything_and_is_not_nan(product):
     case = replace(make(length=70, channels=17, states=3, plain=True), dt_softplus=False)
     case = replace(case, dt=torch.ones_like(case.dt), A=torch.full_like(case.A, product)).to(torch.float32)
-    y, _ = native.forward(*case.tensors, None, **case.options)
+    y, _ = native.forward(case)
     alone = replace(case, starts=torch.ones(1, 70, dtype=torch.bool))
-    assert torch.equal(y, native.forward(*alone.tensors, None, **alone.options)[0])
+    assert torch.equal(y, native.forward(alone)[0])
 
 
 def test_growing_states_are_right_until_they_overflow_to_infinity():
@@ -252,7 +232,7 @@ def test_growing_states_are_right_until_they_overflow_to_infinity():
     case = replace(case, dt=torch.ones_like(case.dt), A=-0.1 * case.A).to(torch.float32)
     assert_close(case.run(), case.expect(), torch.float32)
     case = replace(case, A=torch.full_like(case.A, 80.0), x=case.x.abs(), B=case.B.abs(), C=case.C.abs())
-    y, _ = native.forward(*case.tensors, None, **case.options)
+    y, _ = native.forward(case)
     assert bool((y[0, case.order[0, 2:].long()] == math.inf).all())
 
 
@@ -261,8 +241,8 @@ def test_nan_inputs_give_nan_and_only_where_they_reach():
     at = int(case.order[0, 100])
     dt = case.dt.clone()
     dt[0, at, 0, 5] = math.nan
-    y, _ = native.forward(*replace(case, dt=dt).tensors, None, **case.options)
-    clean, _ = native.forward(*case.tensors, None, **case.options)
+    y, _ = native.forward(replace(case, dt=dt))
+    clean, _ = native.forward(case)
     order = case.order[0].long()
     assert bool(y[0, order[100:], 5].isnan().all())
     y[0, order[100:], 5] = clean[0, order[100:], 5]
@@ -289,8 +269,8 @@ def test_masking_equals_cutting_the_tokens_out():
     order = number[case.order[0].long()][kept[case.order[0].long()]].int().unsqueeze(0)
     cut = {name: getattr(case, name)[:, kept] for name in ("x", "dt", "B", "C")}
     short = replace(case, **cut, dt_mask=None, order=order)
-    y = native.forward(*case.tensors, case.dt_mask, **case.options)[0]
-    torch.testing.assert_close(y[:, kept], native.forward(*short.tensors, None, **short.options)[0])
+    y = native.forward(case)[0]
+    torch.testing.assert_close(y[:, kept], native.forward(short)[0])
 
 
 def test_strides_do_not_matter():
@@ -305,10 +285,10 @@ def test_strides_do_not_matter():
 def test_gradients_accept_expanded_and_transposed_cotangents():
     for merge in ("sum", "none"):
         case = make(length=70, channels=8, routes=2, merge=merge).to(torch.float32)
-        y, states = native.forward(*case.tensors, None, **case.options)
+        y, states = native.forward(case)
         for dy in (torch.ones(()).expand_as(y), torch.randn_like(y.mT.contiguous()).mT):
-            strided = native.backward(dy, *case.tensors, None, states, **case.options)
-            plain = native.backward(dy.contiguous(), *case.tensors, None, states, **case.options)
+            strided = native.backward(case, dy, states)
+            plain = native.backward(case, dy.contiguous(), states)
             assert all(torch.equal(a, b) for a, b in zip(strided, plain, strict=True))
 
 
@@ -346,11 +326,11 @@ def test_a_call_leaves_the_floating_point_mode_as_it_was():
 
 def test_inference_saves_no_states():
     case = make(length=130).to(torch.float32)
-    y, states = native.forward(*case.tensors, None, **case.options, save_states=False)
+    y, states = native.forward(case, save_states=False)
     assert states.numel() == 0
-    assert torch.equal(y, native.forward(*case.tensors, None, **case.options)[0])
+    assert torch.equal(y, native.forward(case)[0])
     with pytest.raises(ValueError, match="run forward with save_states=True"):
-        native.backward(torch.ones_like(y), *case.tensors, None, states, **case.options)
+        native.backward(case, torch.ones_like(y), states)
 
 
 @pytest.mark.parametrize("empty", [{"batch": 0}, {"length": 0}, {"channels": 0}], ids=str)
@@ -395,14 +375,14 @@ def test_wrong_arguments_raise_and_are_named(name):
     case = make()
     case = replace(case, **change(case))
     with pytest.raises(error, match=message):
-        native.forward(*case.tensors, case.dt_mask, **case.options)
+        native.forward(case)
 
 
 def test_gradients_of_another_shape_raise():
     case = make()
-    y, states = native.forward(*case.tensors, None, **case.options)
+    y, states = native.forward(case)
     with pytest.raises(ValueError, match="dy has shape"):
-        native.backward(y[:, :-1], *case.tensors, None, states, **case.options)
+        native.backward(case, y[:, :-1], states)
 
 
 BROKEN = {
@@ -424,7 +404,7 @@ BROKEN = {
 @pytest.mark.parametrize("name", BROKEN)
 def test_the_library_answers_a_broken_call_with_a_status(name):
     case = make().to(torch.float32)
-    call = native._Call(*case.tensors, None, *case.options.values())
+    call = native._Call(case)
     call.empty("y", 1, 65, 8)
     library = native._library()
     assert library.medmamba_scan_forward(ctypes.byref(call.scan)) == 0
@@ -441,7 +421,7 @@ def test_the_library_answers_a_broken_call_with_a_status(name):
 def test_scratch_memory_that_cannot_be_had_is_an_error():
     # 2^40 channels: sizes fit in 64 bits, the scratch does not fit in any machine; nothing is read before.
     case = make(length=1).to(torch.float32)
-    call = native._Call(*case.tensors, None, *case.options.values())
+    call = native._Call(case)
     call.empty("y", 1, 1, 8)
     call.scan.channels = 2**44
     assert native._library().medmamba_scan_forward(ctypes.byref(call.scan)) == native.OUT_OF_MEMORY

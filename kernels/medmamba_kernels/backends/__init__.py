@@ -1,12 +1,13 @@
 """The ways to compute the scan. Each backend is a module with the same four functions.
 
-``unavailable_reason(device)``      why it cannot run on a device, or None
-``states_shape(...)``               shape of the tensor that ``forward`` saves for ``backward``
-``forward(...)``                    (y, states)
-``backward(...)``                   gradients of x, dt, A, B, C, D, dt_bias
+``unavailable_reason(device)``              why it cannot run on a device, or None
+``states_shape(batch, length, ...)``        shape of the tensor that ``forward`` saves for ``backward``
+``forward(inputs, *, save_states)``         (y, states): y in raster order and in ``inputs.compute_dtype``, states of
+                                            ``states_shape`` (empty without ``save_states``) and of no use to others
+``backward(inputs, dy, states)``            gradients of ``inputs.differentiable``, None where the input is None
 
-Backends compute; they check nothing and choose nothing. Their order here is the order of preference of
-``backend="auto"``.
+``inputs`` is a :class:`~medmamba_kernels.inputs.ScanInputs`. Backends compute; they choose nothing. Their
+order here is the order of preference of ``backend="auto"``.
 """
 
 from __future__ import annotations

@@ -15,12 +15,13 @@ or float64 for float64 input.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from medmamba_kernels.inputs import ScanInputs
 
 # State elements that one step works on: on a CPU they should stay in the second-level cache, a GPU wants work.
 _STEP_ELEMENTS = {"cpu": 2**17, "cuda": 2**22}
@@ -49,46 +50,36 @@ def states_shape(
 class _RouteView:
     """The inputs of one route, gathered into chunks: token tensors become (batch, T, M, ...)."""
 
-    def __init__(
-        self,
-        x: Tensor,
-        dt: Tensor,
-        A: Tensor,
-        B: Tensor,
-        C: Tensor,
-        D: Tensor | None,
-        dt_bias: Tensor | None,
-        dt_mask: Tensor | None,
-        *,
-        order: Tensor,
-        starts: Tensor | None,
-        dt_softplus: bool,
-        route: int,
-        chunk: int,
-    ):
-        batch, length, _channels = x.shape
-        self.A = A[route]
-        self.D = None if D is None else D[route]
+    def __init__(self, inputs: ScanInputs, route: int, chunk: int):
+        x, device = inputs.x, inputs.x.device
+        batch, length, _, _, _ = inputs.sizes
+        self.A = inputs.A[route]
+        self.D = None if inputs.D is None else inputs.D[route]
         self.chunk, self.chunks = chunk, -(-length // chunk)
         padding = self.chunk * self.chunks - length
-        steps_TM = F.pad(order[route].long(), (0, padding)).view(self.chunks, chunk).T
-        self.token = steps_TM.reshape(-1).to(x.device)
-        real = (torch.arange(self.chunk * self.chunks) < length).view(self.chunks, chunk).T.reshape(-1)
-        self.real = real.to(x.device)
-        active = self.real.expand(batch, -1) if dt_mask is None else dt_mask[:, self.token] & self.real
+        self.token = self._by_step(F.pad(inputs.order[route].long(), (0, padding))).reshape(-1).to(device)
+        real = torch.arange(self.chunk * self.chunks) < length
+        self.real = self._by_step(real).reshape(-1).to(device)
+        active = self.real.expand(batch, -1)
+        if inputs.dt_mask is not None:
+            active = inputs.dt_mask[:, self.token] & self.real
         # Padding is transparent by itself (dt = 0, x = 0); a mask must also hide what masked tokens hold.
         self.active = active.view(batch, chunk, self.chunks, 1)
-        self.all_active = padding == 0 and dt_mask is None
+        self.all_active = padding == 0 and inputs.dt_mask is None
         self.x = self._hide(self._gather(x))
-        raw = self._gather(dt[:, :, route])
-        raw = raw if dt_bias is None else raw + dt_bias[route]
-        self.raw = self._hide(raw)
-        self.dt = self._hide(F.softplus(self.raw) if dt_softplus else self.raw)
-        self.B, self.C = self._hide(self._gather(B[:, :, route])), self._hide(self._gather(C[:, :, route]))
+        raw = self._gather(inputs.dt[:, :, route])
+        self.raw = self._hide(raw if inputs.dt_bias is None else raw + inputs.dt_bias[route])
+        self.dt = self._hide(F.softplus(self.raw) if inputs.dt_softplus else self.raw)
+        self.B = self._hide(self._gather(inputs.B[:, :, route]))
+        self.C = self._hide(self._gather(inputs.C[:, :, route]))
         self.keep = None
-        if starts is not None:
-            starts_TM = F.pad(starts[route], (0, padding)).view(self.chunks, chunk).T
-            self.keep = (~starts_TM).to(device=x.device, dtype=x.dtype).view(chunk, self.chunks, 1, 1)
+        if inputs.starts is not None:
+            starts = self._by_step(F.pad(inputs.starts[route], (0, padding)))
+            self.keep = (~starts).to(device=device, dtype=x.dtype).view(chunk, self.chunks, 1, 1)
+
+    def _by_step(self, sequence: Tensor) -> Tensor:
+        """(M * T,) along the route -> (T, M): step within the chunk first."""
+        return sequence.view(self.chunks, self.chunk).T
 
     def _gather(self, tokens: Tensor) -> Tensor:
         batch, _, width = tokens.shape
@@ -141,77 +132,17 @@ def _chunk_starts(view: _RouteView) -> Tensor:
     return _carry(h, view.chunk_decay())
 
 
-def _route_views(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    dt_bias: Tensor | None,
-    dt_mask: Tensor | None,
-    order: Tensor,
-    starts: Tensor | None,
-    dt_softplus: bool,
-    chunk: int,
-) -> Callable[[int], _RouteView]:
-    """A function from the number of a route to its view, in the dtype of the computation."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    x, dt, A, B, C = (t.to(dtype) for t in (x, dt, A, B, C))
-    D, dt_bias = (None if t is None else t.to(dtype) for t in (D, dt_bias))
-
-    def view(route: int) -> _RouteView:
-        return _RouteView(
-            x,
-            dt,
-            A,
-            B,
-            C,
-            D,
-            dt_bias,
-            dt_mask,
-            order=order,
-            starts=starts,
-            dt_softplus=dt_softplus,
-            route=route,
-            chunk=chunk,
-        )
-
-    return view
-
-
-def forward(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    dt_bias: Tensor | None,
-    dt_mask: Tensor | None,
-    *,
-    order: Tensor,
-    starts: Tensor | None,
-    dt_softplus: bool,
-    merge: str,
-    save_states: bool,
-) -> tuple[Tensor, Tensor]:
-    """Scan all routes; see the package docstring of ``backends`` for the interface.
-
-    Returns:
-        y in raster order, (batch, L, C) for merge "sum" or (batch, K, L, C) for "none", float32 or float64;
-        states (K, batch, M, C, N), or an empty tensor without ``save_states``.
-    """
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    batch, length, channels = x.shape
-    routes, _, state_size = A.shape
-    chunk = _chunk_size(batch, length, channels, state_size, x.device.type)
-    y = x.new_zeros((batch, length, channels) if merge == "sum" else (batch, routes, length, channels), dtype=dtype)
-    shape = states_shape(batch, length, routes, channels, state_size, x.device.type) if save_states else (0,)
-    states = x.new_empty(shape, dtype=dtype)
-    view_route = _route_views(x, dt, A, B, C, D, dt_bias, dt_mask, order, starts, dt_softplus, chunk)
+def forward(inputs: ScanInputs, *, save_states: bool) -> tuple[Tensor, Tensor]:
+    """Scan all routes; see the package docstring of ``backends`` for the interface."""
+    inputs = inputs.in_compute_dtype()
+    batch, length, channels, routes, state_size = inputs.sizes
+    device_type = inputs.x.device.type
+    chunk = _chunk_size(batch, length, channels, state_size, device_type)
+    y = inputs.x.new_zeros(inputs.output_shape())
+    shape = states_shape(batch, length, routes, channels, state_size, device_type) if save_states else (0,)
+    states = inputs.x.new_empty(shape)
     for k in range(routes):
-        view = view_route(k)
+        view = _RouteView(inputs, k, chunk)
         h = _chunk_starts(view)
         if save_states:
             states[k] = h
@@ -221,42 +152,27 @@ def forward(
             y_route[:, step] = torch.matmul(h, view.C[:, step].unsqueeze(-1)).squeeze(-1)
         if view.D is not None:
             y_route += view.D * view.x
-        view.scatter(view._hide(y_route), y if merge == "sum" else y[:, k], add=merge == "sum")
+        merged = inputs.merge == "sum"
+        view.scatter(view._hide(y_route), y if merged else y[:, k], add=merged)
     return y, states
 
 
-def backward(
-    dy: Tensor,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    dt_bias: Tensor | None,
-    dt_mask: Tensor | None,
-    states: Tensor,
-    *,
-    order: Tensor,
-    starts: Tensor | None,
-    dt_softplus: bool,
-    merge: str,
-) -> tuple[Tensor | None, ...]:
-    """Gradients of x, dt, A, B, C, D, dt_bias (None where the input is None), in float32 or float64."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    dy = dy.to(dtype)
-    dx, ddt, dA, dB, dC = (torch.zeros(t.shape, dtype=dtype, device=x.device) for t in (x, dt, A, B, C))
-    dD, ddt_bias = (None if t is None else torch.zeros_like(t, dtype=dtype) for t in (D, dt_bias))
-    chunk = _chunk_size(x.shape[0], x.shape[1], x.shape[2], A.shape[-1], x.device.type)
-    view_route = _route_views(x, dt, A, B, C, D, dt_bias, dt_mask, order, starts, dt_softplus, chunk)
-    for k in range(A.shape[0]):
-        view = view_route(k)
-        dy_route = view.gather_gradient(dy if merge == "sum" else dy[:, k])
+def backward(inputs: ScanInputs, dy: Tensor, states: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of x, dt, A, B, C, D, dt_bias (None where the input is None), in the compute dtype."""
+    inputs = inputs.in_compute_dtype()
+    dy = dy.to(inputs.compute_dtype)
+    batch, length, channels, routes, state_size = inputs.sizes
+    chunk = _chunk_size(batch, length, channels, state_size, inputs.x.device.type)
+    dx, ddt, dA, dB, dC = (_zeros(t) for t in (inputs.x, inputs.dt, inputs.A, inputs.B, inputs.C))
+    dD, ddt_bias = (None if t is None else _zeros(t) for t in (inputs.D, inputs.dt_bias))
+    for k in range(routes):
+        view = _RouteView(inputs, k, chunk)
+        dy_route = view.gather_gradient(dy if inputs.merge == "sum" else dy[:, k])
         gradient = _route_backward(view, states[k], dy_route)
         if view.D is not None and dD is not None:
             gradient["x"] += view.D * dy_route
             dD[k] = (view.x * dy_route).sum((0, 1, 2))
-        raw_gradient = gradient["dt"] * torch.sigmoid(view.raw) if dt_softplus else gradient["dt"]
+        raw_gradient = gradient["dt"] * torch.sigmoid(view.raw) if inputs.dt_softplus else gradient["dt"]
         raw_gradient = view._hide(raw_gradient)
         if ddt_bias is not None:
             ddt_bias[k] = raw_gradient.sum((0, 1, 2))
@@ -266,6 +182,10 @@ def backward(
         view.scatter(view._hide(gradient["B"]), dB[:, :, k])
         view.scatter(view._hide(gradient["C"]), dC[:, :, k])
     return dx, ddt, dA, dB, dC, dD, ddt_bias
+
+
+def _zeros(tensor: Tensor) -> Tensor:
+    return torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device)
 
 
 def _route_backward(view: _RouteView, chunk_starts: Tensor, dy: Tensor) -> dict[str, Tensor]:

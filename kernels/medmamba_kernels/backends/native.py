@@ -22,6 +22,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from medmamba_kernels.inputs import ScanInputs
+
 ABI_VERSION = 1
 BLOCK = 64  # tokens between two saved states, kBlock in kernels.h
 LIBRARY_NAMES = ("_native.so", "_native.dylib", "_native.pyd", "_native.dll")
@@ -129,10 +131,6 @@ def isa() -> str:
     return _library().medmamba_isa().decode()
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def _rows(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """In the compute dtype and with a contiguous last axis; the other axes keep their strides (no copy)."""
     tensor = tensor.to(dtype)
@@ -160,31 +158,17 @@ def _check_table(name: str, tensor: Tensor | None, dtype: torch.dtype) -> None:
 class _Call:
     """Arguments of one library call: checks, conversions, and the references that keep the arrays alive."""
 
-    def __init__(
-        self,
-        x: Tensor,
-        dt: Tensor,
-        A: Tensor,
-        B: Tensor,
-        C: Tensor,
-        D: Tensor | None,
-        dt_bias: Tensor | None,
-        dt_mask: Tensor | None,
-        order: Tensor,
-        starts: Tensor | None,
-        dt_softplus: bool,
-        merge: str,
-    ) -> None:
+    def __init__(self, inputs: ScanInputs) -> None:
+        x, dt, A, B, C = inputs.x, inputs.dt, inputs.A, inputs.B, inputs.C
+        D, dt_bias, dt_mask, order, starts = inputs.D, inputs.dt_bias, inputs.dt_mask, inputs.order, inputs.starts
         if x.dim() != 3 or dt.dim() != 4 or A.dim() != 3:
             raise ValueError(
                 f"x, dt and A have shapes {tuple(x.shape)}, {tuple(dt.shape)} and {tuple(A.shape)}; "
                 "expected (Bt, L, Ch), (Bt, L, K, Ch) and (K, Ch, N)"
             )
-        if merge not in ("sum", "none"):
-            raise ValueError(f'merge is {merge!r}, expected "sum" or "none"')
-        batch, length, channels = x.shape
-        routes, _, states = A.shape
-        self.shape = batch, length, channels, routes, states
+        if inputs.merge not in ("sum", "none"):
+            raise ValueError(f'merge is {inputs.merge!r}, expected "sum" or "none"')
+        self.shape = batch, length, channels, routes, states = inputs.sizes
         _check_shape("x", x, (batch, length, channels))
         _check_shape("dt", dt, (batch, length, routes, channels))
         _check_shape("A", A, (routes, channels, states))
@@ -200,15 +184,14 @@ class _Call:
         if dt_mask is not None and dt_mask.dtype != torch.bool:
             raise TypeError(f"dt_mask has dtype {dt_mask.dtype}, expected torch.bool")
 
-        self.dtype = _compute_dtype(x)
-        self.merge = merge
+        self.dtype = inputs.compute_dtype
         self._alive: list[Tensor] = []
         self.scan = scan = _Scan()
         scan.struct_size = ctypes.sizeof(_Scan)
         scan.batch, scan.length, scan.channels, scan.routes, scan.states = self.shape
         scan.dtype = int(self.dtype == torch.float64)
-        scan.softplus = int(dt_softplus)
-        scan.merge = int(merge == "none")
+        scan.softplus = int(inputs.dt_softplus)
+        scan.merge = int(inputs.merge == "none")
         scan.threads = torch.get_num_threads()
         for name, tensor in (("x", x), ("dt", dt), ("B", B), ("C", C)):
             rows = _rows(tensor, self.dtype)
@@ -244,37 +227,11 @@ class _Call:
         raise MemoryError(message) if status == OUT_OF_MEMORY else NativeError(message)
 
 
-def forward(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    dt_bias: Tensor | None,
-    dt_mask: Tensor | None,
-    *,
-    order: Tensor,
-    starts: Tensor | None,
-    dt_softplus: bool,
-    merge: str,
-    save_states: bool = True,
-) -> tuple[Tensor, Tensor]:
-    """Scan every route and merge. Shapes: Bt batch, L tokens, Ch channels, K routes, N states.
+def forward(inputs: ScanInputs, *, save_states: bool = True) -> tuple[Tensor, Tensor]:
+    """Scan every route and merge.
 
     Args:
-        x: (Bt, L, Ch), any float dtype and strides; tokens in raster order, as in dt, B, C and dt_mask.
-        dt: (Bt, L, K, Ch) raw step sizes.
-        A: (K, Ch, N), negative.
-        B: (Bt, L, K, N).
-        C: (Bt, L, K, N).
-        D: (K, Ch) or None.
-        dt_bias: (K, Ch) or None.
-        dt_mask: (Bt, L) bool or None; False = the token is not read and passes the state unchanged.
-        order: (K, L) int32, contiguous; every row a permutation of 0..L-1 (only the range is checked).
-        starts: (K, L) bool, contiguous, or None; True = the state is zero before this step of the route.
-        dt_softplus: apply softplus to dt + dt_bias.
-        merge: "sum" or "none".
+        inputs: the scan; of ``order`` only the range is checked.
         save_states: keep what ``backward`` needs; False (inference) saves K Ch N / 64 values per token.
 
     Returns:
@@ -285,9 +242,9 @@ def forward(
         ValueError, TypeError: a shape, dtype or device does not fit; an order index is out of range.
         NativeError: the library is missing or refuses the call.
     """
-    call = _Call(x, dt, A, B, C, D, dt_bias, dt_mask, order, starts, dt_softplus, merge)
+    call = _Call(inputs)
     batch, length, channels, routes, n_states = call.shape
-    y = call.empty("y", batch, *(() if merge == "sum" else (routes,)), length, channels)
+    y = call.empty("y", *inputs.output_shape())
     shape = states_shape(batch, length, routes, channels, n_states, "cpu") if save_states else (0,)
     # Zeros, not empty: the library pads channels to whole vectors and never writes the padding.
     states = torch.zeros(shape, dtype=call.dtype)
@@ -297,24 +254,8 @@ def forward(
     return y, states
 
 
-def backward(
-    dy: Tensor,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    dt_bias: Tensor | None,
-    dt_mask: Tensor | None,
-    states: Tensor,
-    *,
-    order: Tensor,
-    starts: Tensor | None,
-    dt_softplus: bool,
-    merge: str,
-) -> Gradients:
-    """Gradients of ``forward`` for the same arguments; ``dy`` has the shape of y and any strides.
+def backward(inputs: ScanInputs, dy: Tensor, states: Tensor) -> Gradients:
+    """Gradients of ``forward`` for the same inputs; ``dy`` has the shape of y and any strides.
 
     Returns:
         dx, ddt, dA, dB, dC, dD, ddt_bias in the shapes of the inputs, contiguous, in the compute dtype. dD and
@@ -324,9 +265,9 @@ def backward(
         ValueError: as ``forward``; also states that ``forward`` did not make for these sizes.
         NativeError: the library is missing or refuses the call.
     """
-    call = _Call(x, dt, A, B, C, D, dt_bias, dt_mask, order, starts, dt_softplus, merge)
+    call = _Call(inputs)
     batch, length, channels, routes, n_states = call.shape
-    _check_shape("dy", dy, (batch, length, channels) if merge == "sum" else (batch, routes, length, channels))
+    _check_shape("dy", dy, inputs.output_shape())
     shape = states_shape(batch, length, routes, channels, n_states, "cpu")
     if states.dtype != call.dtype or tuple(states.shape) != shape:
         raise ValueError(
@@ -336,15 +277,15 @@ def backward(
     call.point("checkpoint", states.contiguous())
     dy = _rows(dy, call.dtype)
     call.point("dy", dy)
-    call.scan.dy_stride[:] = (dy.stride(0), 0, dy.stride(1)) if merge == "sum" else dy.stride()[:-1]
+    call.scan.dy_stride[:] = (dy.stride(0), 0, dy.stride(1)) if inputs.merge == "sum" else dy.stride()[:-1]
     gradients = (
         call.empty("dx", batch, length, channels),
         call.empty("ddt", batch, length, routes, channels),
         call.empty("dA", routes, channels, n_states),
         call.empty("dB", batch, length, routes, n_states),
         call.empty("dC", batch, length, routes, n_states),
-        None if D is None else call.empty("dD", routes, channels),
-        None if dt_bias is None else call.empty("ddt_bias", routes, channels),
+        None if inputs.D is None else call.empty("dD", routes, channels),
+        None if inputs.dt_bias is None else call.empty("ddt_bias", routes, channels),
     )
     call.run("medmamba_scan_backward")
     return gradients
