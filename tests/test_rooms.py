@@ -60,6 +60,7 @@ ROOMS: dict[str, Room] = {
         TORCH | ARRAYS | IO_LIBRARIES | {"matplotlib"},
         lazy=frozenset({"monai", "nnunetv2", "tqdm"}),
     ),
+    "medmamba.bench": Room(LOWER, TORCH),
     "medmamba.command": Room(),
     "medmamba.cli": Room(("medmamba.command",)),
     "medmamba": Room(("medmamba.networks",)),

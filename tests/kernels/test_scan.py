@@ -114,6 +114,18 @@ def test_the_sum_over_routes_is_the_sum_of_single_routes(backend):
     torch.testing.assert_close(replace(p, merge="mean").run(backend), apart.mean(1))
 
 
+@pytest.mark.parametrize(
+    "routes", ["raster12", "snake6", ["dhw:spiral", "whd:diagonal:flip=d"], ["dhw:step=3x2x3"]], ids=str
+)
+@pytest.mark.parametrize("grid", [(4, 4, 4), (3, 4, 5), (1, 7, 2), (5, 1, 1), (2, 3, 7)], ids=str)
+def test_reading_and_merging_alone_loses_no_voxel(backend, grid, routes):
+    """Without a state only the direct path is left: every route must bring every voxel home, unchanged."""
+    p = make_problem(grid, routes=routes, channels=3)
+    p = replace(p, B=torch.zeros_like(p.B), D=torch.ones_like(p.D))
+    assert torch.equal(replace(p, merge="none").run(backend), p.x.unsqueeze(1).expand(-1, len(p.routes), -1, -1))
+    torch.testing.assert_close(p.run(backend), len(p.routes) * p.x)
+
+
 def test_mirrored_input_on_the_reversed_route_gives_the_mirrored_output(backend):
     p = make_problem((3, 4, 5), routes=["dhw"])
     flip = {"x": p.x.flip(1), "dt": p.dt.flip(1), "B": p.B.flip(1), "C": p.C.flip(1)}
