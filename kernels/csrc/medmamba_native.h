@@ -13,7 +13,7 @@
 #define MEDMAMBA_API __attribute__((visibility("default")))
 #endif
 
-#define MEDMAMBA_ABI_VERSION 1
+#define MEDMAMBA_ABI_VERSION 2
 
 #ifdef __cplusplus
 extern "C" {
@@ -68,6 +68,12 @@ typedef struct medmamba_scan {
 } medmamba_scan;
 
 MEDMAMBA_API int32_t medmamba_abi_version(void);
+/* Run on the threads of the host's OpenMP runtime from now on: its GOMP_parallel, omp_get_thread_num and
+   omp_get_num_threads. Null pointers: on threads of our own. Not to be called while another call runs. */
+typedef void (*medmamba_parallel_function)(void (*)(void *), void *, unsigned, unsigned);
+typedef int (*medmamba_int_function)(void);
+MEDMAMBA_API void medmamba_use_openmp(medmamba_parallel_function parallel, medmamba_int_function thread_number,
+                                      medmamba_int_function thread_count);
 /* Name of the instruction set in use ("avx512", "avx2", "baseline"), or null if MEDMAMBA_NATIVE_ISA cannot be met. */
 MEDMAMBA_API const char *medmamba_isa(void);
 MEDMAMBA_API const char *medmamba_status_text(int32_t status);

@@ -153,9 +153,39 @@ int64_t thread_count(const medmamba_scan &s, bool backward) {
     return worth < double(s.threads) ? int64_t(worth) : s.threads;
 }
 
-// Runs task(0..count-1), each on its own thread, this one included. False if a thread could not be started; then no
-// task has run.
-template <class Task> bool run_all(int64_t count, const Task &task) {
+// The OpenMP runtime of the host program, if it handed one over. Its workers spin for a while after every parallel
+// region of the host; threads of our own would fight them for the cores (measured: no gain at all from a second one).
+struct OpenMP {
+    medmamba_parallel_function parallel = nullptr;
+    medmamba_int_function thread_number = nullptr, thread_count = nullptr;
+} openmp;
+
+template <class Task> struct Team {
+    const Task *task;
+    int64_t count;
+    bool complete; // written by the first member only
+};
+
+template <class Task> void join_team(void *argument) {
+    Team<Task> &team = *(Team<Task> *)argument;
+    // Members may wait for each other, so a smaller team than asked for (nested regions, a thread limit) must not start.
+    // All see the same number: they all work, or all leave.
+    if (openmp.thread_count() != team.count) return;
+    const int member = openmp.thread_number();
+    if (member == 0) team.complete = true;
+    (*team.task)(member);
+}
+
+// Runs task(0..count-1) at the same time on the host's OpenMP threads. False if there are not enough; then no task ran.
+template <class Task> bool run_on_openmp(int64_t count, const Task &task) {
+    if (!openmp.parallel) return false;
+    Team<Task> team{&task, count, false};
+    openmp.parallel(&join_team<Task>, &team, unsigned(count), 0);
+    return team.complete;
+}
+
+// The same on threads started for this call. False if one could not be started; then no task has run.
+template <class Task> bool run_on_threads(int64_t count, const Task &task) {
     enum { kWait, kGo, kCancel };
     std::atomic<int> gate{kWait};
     std::vector<std::thread> threads;
@@ -175,6 +205,12 @@ template <class Task> bool run_all(int64_t count, const Task &task) {
     if (started) task(0);
     for (std::thread &thread : threads) thread.join();
     return started;
+}
+
+template <class Task> bool run_all(int64_t count, const Task &task) {
+    if (count > 1) return run_on_openmp(count, task) || run_on_threads(count, task);
+    task(0);
+    return true;
 }
 
 int32_t run(const medmamba_scan &s, const Kernels &kernels, bool backward, int64_t max_threads) {
@@ -250,6 +286,11 @@ int32_t call(const medmamba_scan *s, bool backward) {
 extern "C" {
 
 int32_t medmamba_abi_version(void) { return MEDMAMBA_ABI_VERSION; }
+
+void medmamba_use_openmp(medmamba_parallel_function parallel, medmamba_int_function thread_number,
+                         medmamba_int_function thread_count) {
+    medmamba::openmp = {parallel, thread_number, thread_count};
+}
 
 const char *medmamba_isa(void) {
     const medmamba::Kernels *kernels = medmamba::active();

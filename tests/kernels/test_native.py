@@ -543,3 +543,46 @@ def test_the_sanitizers_find_nothing(tmp_path):
             UBSAN_OPTIONS="halt_on_error=1:print_stacktrace=1",
         )
         assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
+
+
+def test_own_threads_and_the_threads_of_torch_give_the_same_bits(threads):
+    """In a child, because the choice is made when the library is loaded."""
+    program = (
+        "import sys, torch\n"
+        "from medmamba_kernels.backends import native\n"
+        "from medmamba_kernels.testing import make_problem\n"
+        "torch.set_num_threads(2)\n"
+        "p = make_problem((8, 9, 10), channels=64, state_size=16, batch=2, dtype=torch.float32)\n"
+        "result = p.run_with_gradients('native', torch.ones_like(p.x))\n"
+        "print(native._share_openmp(native._library()) if sys.argv[1] == 'torch' else True)\n"
+        "print({name: value.double().sum().item().hex() for name, value in result.items()})\n"
+    )
+    results = []
+    for kind in ("own", "torch"):
+        environment = {**os.environ, "MEDMAMBA_NATIVE_THREADS": kind}
+        child = subprocess.run(
+            [sys.executable, "-c", program, kind], env=environment, capture_output=True, text=True, check=True
+        )
+        results.append(child.stdout.splitlines())
+    assert results[0][1] == results[1][1]
+    if sys.platform == "linux":
+        assert results[1][0] == "True", (
+            "torch's OpenMP runtime was not found; the library falls back to its own threads"
+        )
+
+
+def test_a_team_that_openmp_cannot_provide_runs_on_own_threads(threads):
+    """OMP_THREAD_LIMIT=1 gives teams of one; members that wait for each other must not start there."""
+    program = (
+        "import torch\n"
+        "from medmamba_kernels.testing import check_against_reference, make_problem\n"
+        "torch.set_num_threads(2)\n"
+        "p = make_problem((8, 9, 10), channels=64, state_size=16, batch=1)\n"
+        "check_against_reference(p, 'native', torch.float32)\n"
+        "print('done')\n"
+    )
+    environment = {**os.environ, "OMP_THREAD_LIMIT": "1"}
+    child = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True, timeout=300
+    )
+    assert child.stdout.strip() == "done"

@@ -6,6 +6,7 @@ or the baseline instruction set when it is first used.
 
 Environment:
     MEDMAMBA_NATIVE_LIBRARY: path of the library to load instead of the installed one (development, sanitizer builds).
+    MEDMAMBA_NATIVE_THREADS: "own" for threads of the library's own instead of torch's OpenMP threads.
     MEDMAMBA_NATIVE_ISA: "avx512", "avx2" or "baseline": use exactly this instruction set; read once per process.
 
 Values are computed in float64 when ``x`` is float64 and in float32 otherwise. Results are the same bits for any number
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from medmamba_kernels.inputs import ScanInputs
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 BLOCK = 64  # tokens between two saved states, kBlock in kernels.h
 LIBRARY_NAMES = ("_native.so", "_native.dylib", "_native.pyd", "_native.dll")
 BAD_ORDER = 5
@@ -98,7 +99,35 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     if library.medmamba_isa() is None:
         wanted = os.environ.get("MEDMAMBA_NATIVE_ISA")
         return None, f"MEDMAMBA_NATIVE_ISA={wanted} names an instruction set this CPU or build does not have"
+    if os.environ.get("MEDMAMBA_NATIVE_THREADS") != "own":
+        _share_openmp(library)
     return library, ""
+
+
+def _share_openmp(library: ctypes.CDLL) -> bool:
+    """Let the library work on torch's OpenMP threads; False (threads of its own) when torch's runtime is not found.
+
+    Those workers spin after every parallel region of torch, and would keep other threads off the cores.
+    """
+    runtime = _loaded_openmp()
+    if runtime is None:
+        return False
+    names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
+    library.medmamba_use_openmp(*(ctypes.cast(getattr(runtime, name), ctypes.c_void_p) for name in names))
+    return True
+
+
+def _loaded_openmp() -> ctypes.CDLL | None:
+    """The GNU OpenMP runtime that torch has loaded: the one in its wheel, else the system's; None for any other."""
+    if not hasattr(os, "RTLD_NOLOAD"):
+        return None
+    bundled = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))
+    for path in (*map(str, bundled), "libgomp.so.1"):
+        try:
+            return ctypes.CDLL(path, mode=os.RTLD_NOLOAD | os.RTLD_LAZY)
+        except OSError:
+            continue
+    return None
 
 
 def _library() -> ctypes.CDLL:
