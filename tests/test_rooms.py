@@ -46,8 +46,10 @@ class Room:
 
 LOWER = ("medmamba_kernels", *NETWORK_ROOMS, "medmamba.command")
 TORCH = frozenset({"torch"})
+TRITON_KERNELS = "medmamba_kernels.backends._triton_kernels"
 ROOMS: dict[str, Room] = {
-    "medmamba_kernels": Room(third_party=TORCH, lazy=frozenset({"triton"})),
+    "medmamba_kernels": Room((TRITON_KERNELS,), TORCH, lazy=frozenset({"triton"})),
+    TRITON_KERNELS: Room(third_party=TORCH | {"triton"}),  # loaded on first use, by a function of backends.gpu
     "medmamba.layers": Room(("medmamba_kernels",), TORCH),
     "medmamba.mixers": Room(("medmamba_kernels", "medmamba.layers"), TORCH),
     "medmamba.networks": Room(("medmamba_kernels", "medmamba.layers", "medmamba.mixers"), TORCH),

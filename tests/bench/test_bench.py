@@ -59,7 +59,7 @@ def test_the_command_writes_what_it_measured(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--backend", "cuda"], "no backend 'cuda'; known: native, torch, reference"),
+        (["--backend", "cuda"], "no backend 'cuda'; known: native, torch, triton, reference"),
         (["--case", "nothing"], "no case contains 'nothing'; known: vmunet 32x32x32"),
         (["--threads", "0"], "--threads must be 1 or more"),
         (["--out", "/nowhere/x.csv"], "is not a folder"),

@@ -6,8 +6,7 @@
                                             ``states_shape`` (empty without ``save_states``) and of no use to others
 ``backward(inputs, dy, states)``            gradients of ``inputs.differentiable``, None where the input is None
 
-``inputs`` is a :class:`~medmamba_kernels.inputs.ScanInputs`. Backends compute; they choose nothing. Their
-order here is the order of preference of ``backend="auto"``.
+``inputs`` is a :class:`~medmamba_kernels.inputs.ScanInputs`. Backends compute; they choose nothing.
 """
 
 from __future__ import annotations
@@ -17,9 +16,13 @@ from types import ModuleType
 
 import torch
 
-from . import chunked, native
+from . import chunked, gpu, native
 
-BACKENDS: dict[str, ModuleType] = {"native": native, "torch": chunked}
+BACKENDS: dict[str, ModuleType] = {"native": native, "torch": chunked, "triton": gpu}
+
+# What "auto" tries, in order of preference. triton joins when its tests marked gpu have passed on a GPU: so far its
+# values were checked in Triton's interpreter and its machine code by compiling it.
+AUTOMATIC = ("native", "torch")
 
 
 class BackendError(RuntimeError):
@@ -32,7 +35,7 @@ def choose_backend(requested: str, device: torch.device) -> str:
     """Name of the backend to use.
 
     Args:
-        requested: "auto" (the environment variable ``MEDMAMBA_BACKEND`` if set, else the first of ``BACKENDS``
+        requested: "auto" (the environment variable ``MEDMAMBA_BACKEND`` if set, else the first of ``AUTOMATIC``
             that works) or a name, which is used or raises.
         device: where the tensors are.
 
@@ -42,7 +45,7 @@ def choose_backend(requested: str, device: torch.device) -> str:
     """
     name = os.environ.get("MEDMAMBA_BACKEND", "auto") if requested == "auto" else requested
     if name == "auto":
-        return next(name for name, module in BACKENDS.items() if module.unavailable_reason(device) is None)
+        return next(name for name in AUTOMATIC if BACKENDS[name].unavailable_reason(device) is None)
     if name not in BACKENDS:
         raise ValueError(f"unknown scan backend {name!r}; known: auto, {', '.join(BACKENDS)}")
     reason = BACKENDS[name].unavailable_reason(device)
