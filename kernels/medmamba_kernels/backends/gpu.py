@@ -21,7 +21,7 @@ Peak memory beside inputs and results, in bytes, for the sizes B L K C N and e =
                 e B K L C where all routes write copies (at most ``COPIES_BYTES``)
     backward    all of the forward again, for the gradients of the states and of x
                 e P C (N + 2) (K times for copies)       partial sums of dA, dD and the bias, P <= B L / T
-                128 e T R                                scratch of R <= ``PROGRAMS`` programs: at most 64 MiB (128 for float64)
+                128 e T R                                scratch of R <= ``PROGRAMS`` programs: 64 MiB in float32
                 2 e G B L K N where G > 1                partial dB and dC: B L G <= T ``PROGRAMS``
 
 ddt is written in the dtype of dt, dB and dC in float32 before they are cast. The order tables of the last 16 calls
