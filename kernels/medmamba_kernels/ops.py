@@ -8,6 +8,7 @@ travel as text and tables are looked up inside, which keeps the graph free of pe
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -155,6 +156,12 @@ def _full_precision(x: Tensor) -> torch.autocast:
     return torch.autocast(x.device.type, enabled=False)
 
 
+# Inside the operator, where torch.compile does not trace: it would ignore the cache and warn.
+@lru_cache(maxsize=256)
+def _routes_from_text(routes: str) -> tuple[Route, ...]:
+    return tuple(parse_route(text) for text in routes.split())
+
+
 def _inputs(
     x: Tensor,
     dt: Tensor,
@@ -169,7 +176,7 @@ def _inputs(
     dt_softplus: bool,
     merge: str,
 ) -> ScanInputs:
-    table = route_table(tuple(parse_route(text) for text in routes.split()), checked_grid(grid))
+    table = route_table(_routes_from_text(routes), checked_grid(grid))
     return ScanInputs(x, dt, A, B, C, D, dt_bias, dt_mask, table.order, table.starts, dt_softplus, merge)
 
 
