@@ -33,6 +33,7 @@ struct Member {
     RingSlot *ring_state;
     int64_t ring_slots;
     void *sums; // shared by all: sums_bytes, zeroed
+    bool bad_step; // out: the forward met a step size that is negative, NaN or infinite
 };
 
 struct Kernels {
@@ -42,8 +43,8 @@ struct Kernels {
     int64_t (*backward_scratch)(const medmamba_scan &, int64_t groups_per_member);
     int64_t (*slot_bytes)(const medmamba_scan &);
     int64_t (*sums_bytes)(const medmamba_scan &);
-    void (*forward)(const medmamba_scan &, const Member &);
-    void (*backward)(const medmamba_scan &, const Member &);
+    void (*forward)(const medmamba_scan &, Member &);
+    void (*backward)(const medmamba_scan &, Member &);
     // dA, dD, ddt_bias from the sums, after all members have returned.
     void (*finish_backward)(const medmamba_scan &, const void *sums);
 };

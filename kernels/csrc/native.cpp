@@ -13,6 +13,10 @@
 #include <thread>
 #include <vector>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 namespace medmamba {
 
 void wait_for_team(int attempt) {
@@ -72,6 +76,9 @@ int32_t check_sizes(const medmamba_scan *s) {
     if (s->channels > INT64_MAX / 64) return MEDMAMBA_BAD_SIZE;
     if (!product_fits({s->batch, s->length + kBlock, s->routes, s->channels + 16, s->states + 16}))
         return MEDMAMBA_BAD_SIZE;
+    if (s->heads < 0 || (s->heads > 0 && s->channels % s->heads != 0)) return MEDMAMBA_BAD_SIZE;
+    if (s->rank < 0 || (s->rank > 0 && s->heads > 0)) return MEDMAMBA_BAD_SIZE;
+    if (!product_fits({s->routes, s->channels + 16, s->rank})) return MEDMAMBA_BAD_SIZE;
     if (s->dtype < 0 || s->dtype > 1 || s->merge < 0 || s->merge > 1 || s->threads < 1) return MEDMAMBA_BAD_OPTION;
     return MEDMAMBA_OK;
 }
@@ -96,8 +103,9 @@ int32_t check_arrays(const medmamba_scan &s, bool backward) {
     const size_t element = s.dtype == 0 ? sizeof(float) : sizeof(double);
     for (const void *p : {s.x, s.dt, s.A, s.B, s.C})
         if (!usable(p, element, true)) return MEDMAMBA_BAD_POINTER;
-    for (const void *p : {s.D, s.dt_bias})
+    for (const void *p : {s.D, s.dt_bias, (const void *)s.final_state, s.dfinal_state})
         if (!usable(p, element, false)) return MEDMAMBA_BAD_POINTER;
+    if (!usable(s.dt_weight, element, s.rank > 0)) return MEDMAMBA_BAD_POINTER;
     if (!usable(s.order, sizeof(int32_t), true)) return MEDMAMBA_BAD_POINTER;
     if (!backward && (!usable(s.y, element, true) || !usable(s.checkpoint, element, false)))
         return MEDMAMBA_BAD_POINTER;
@@ -107,6 +115,7 @@ int32_t check_arrays(const medmamba_scan &s, bool backward) {
             if (!usable(p, element, true)) return MEDMAMBA_BAD_POINTER;
         for (const void *p : {s.dD, s.ddt_bias})
             if (!usable(p, element, false)) return MEDMAMBA_BAD_POINTER;
+        if (!usable(s.ddt_weight, element, s.rank > 0)) return MEDMAMBA_BAD_POINTER;
     }
     return check_order(s);
 }
@@ -147,7 +156,7 @@ Division divide(int64_t threads, int64_t batch, int64_t groups) {
 // Threads for a call of this size: one per half millisecond of work, and none below a millisecond.
 int64_t thread_count(const medmamba_scan &s, bool backward) {
     const double ns = double(s.batch) * double(s.length) * double(s.routes) * double(s.channels) *
-                      (1.0 + 0.25 * double(s.states)) * (backward ? 2.5 : 1.0);
+                      (1.0 + (s.heads > 0 ? 0.08 : 0.25) * double(s.states)) * (backward ? 2.5 : 1.0);
     const double worth = ns / 0.5e6;
     if (worth < 2) return 1;
     return worth < double(s.threads) ? int64_t(worth) : s.threads;
@@ -243,23 +252,65 @@ int32_t run(const medmamba_scan &s, const Kernels &kernels, bool backward, int64
         m.ring_state = ring_state.data() + team * slots;
         m.ring_slots = slots;
         m.sums = sums_memory.get();
+        m.bad_step = false;
     }
     const bool ran = run_all(count, [&](int64_t i) {
         backward ? kernels.backward(s, members[size_t(i)]) : kernels.forward(s, members[size_t(i)]);
     });
     if (!ran) return run(s, kernels, backward, 1);
     if (backward) kernels.finish_backward(s, sums_memory.get());
+    for (const Member &m : members)
+        if (m.bad_step) return MEDMAMBA_BAD_STEP;
     return MEDMAMBA_OK;
 }
 
-// With no sample, token or channel nothing is summed: every gradient that has elements at all is zero.
+// Fresh arrays of hundreds of megabytes cost a page fault per 4 KiB, which threads take one after the other; huge pages
+// need one in 512. Only whole huge pages inside the array are advised: no memory is added.
+void advise_huge_pages(const void *array, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    const uintptr_t page = uintptr_t(2) << 20;
+    if (!array || bytes < int64_t(4 * page)) return;
+    const uintptr_t begin = (uintptr_t(array) + page - 1) / page * page;
+    const uintptr_t end = (uintptr_t(array) + uintptr_t(bytes)) / page * page;
+    madvise((void *)begin, end - begin, MADV_HUGEPAGE);
+#else
+    (void)array, (void)bytes;
+#endif
+}
+
+int64_t checkpoint_size(const medmamba_scan &s) {
+    // The same for every instruction set: channels padded to the widest vector.
+    const int64_t blocks = (s.length + kBlock - 1) / kBlock;
+    return s.batch * s.routes * blocks * s.states * ((s.channels + 15) / 16 * 16);
+}
+
+void advise_outputs(const medmamba_scan &s, bool backward) {
+    const int64_t element = s.dtype == 0 ? sizeof(float) : sizeof(double);
+    const int64_t tokens = s.batch * s.length * element, steps = s.rank > 0    ? s.rank
+                                                                                    : s.heads > 0 ? s.heads
+                                                                                                  : s.channels;
+    if (backward) {
+        advise_huge_pages(s.dx, tokens * s.channels);
+        advise_huge_pages(s.ddt, tokens * s.routes * steps);
+        advise_huge_pages(s.dB, tokens * s.routes * s.states);
+        advise_huge_pages(s.dC, tokens * s.routes * s.states);
+    } else {
+        advise_huge_pages(s.y, tokens * s.channels * (s.merge == 0 ? 1 : s.routes));
+        advise_huge_pages(s.checkpoint, checkpoint_size(s) * element);
+    }
+}
+
+// With no sample, token or channel nothing is summed: every gradient or final state that has elements at all is zero.
 void zero_gradients(const medmamba_scan &s) {
     const size_t element = s.dtype == 0 ? sizeof(float) : sizeof(double);
     const size_t parameters = size_t(s.routes * s.channels) * element;
+    const size_t steps = s.heads > 0 ? size_t(s.routes * s.heads) * element : parameters;
     const size_t weights = size_t(s.batch * s.length * s.routes * s.states) * element;
-    if (s.dA) std::memset(s.dA, 0, parameters * size_t(s.states));
+    if (s.dA) std::memset(s.dA, 0, s.heads > 0 ? steps : parameters * size_t(s.states));
     if (s.dD) std::memset(s.dD, 0, parameters);
-    if (s.ddt_bias) std::memset(s.ddt_bias, 0, parameters);
+    if (s.ddt_bias) std::memset(s.ddt_bias, 0, steps);
+    if (s.ddt_weight) std::memset(s.ddt_weight, 0, parameters * size_t(s.rank));
+    if (s.rank > 0 && s.ddt) std::memset(s.ddt, 0, size_t(s.batch * s.length * s.routes * s.rank) * element);
     if (s.dB) std::memset(s.dB, 0, weights);
     if (s.dC) std::memset(s.dC, 0, weights);
 }
@@ -270,9 +321,13 @@ int32_t call(const medmamba_scan *s, bool backward) {
     if (int32_t status = check_sizes(s)) return status;
     if (is_empty(*s)) {
         if (backward) zero_gradients(*s);
+        const size_t element = s->dtype == 0 ? sizeof(float) : sizeof(double);
+        if (!backward && s->final_state)
+            std::memset(s->final_state, 0, size_t(s->batch * s->routes * s->channels * s->states) * element);
         return MEDMAMBA_OK;
     }
     if (int32_t status = check_arrays(*s, backward)) return status;
+    advise_outputs(*s, backward);
     try {
         return run(*s, *kernels, backward, thread_count(*s, backward));
     } catch (...) {
@@ -306,6 +361,7 @@ const char *medmamba_status_text(int32_t status) {
     case MEDMAMBA_BAD_POINTER: return "an array is missing or not aligned to its element type";
     case MEDMAMBA_BAD_ORDER: return "the order table holds an index outside 0..L-1";
     case MEDMAMBA_OUT_OF_MEMORY: return "scratch memory could not be allocated";
+    case MEDMAMBA_BAD_STEP: return "a step size dt is negative, NaN or infinite";
     case MEDMAMBA_ISA_UNAVAILABLE: return "MEDMAMBA_NATIVE_ISA names an instruction set that is missing here";
     default: return "unknown status";
     }
@@ -313,9 +369,7 @@ const char *medmamba_status_text(int32_t status) {
 
 int64_t medmamba_scan_checkpoint_size(const medmamba_scan *scan) {
     if (medmamba::check_sizes(scan) != MEDMAMBA_OK) return -1;
-    // The same for every instruction set: channels padded to the widest vector.
-    const int64_t blocks = (scan->length + medmamba::kBlock - 1) / medmamba::kBlock;
-    return scan->batch * scan->routes * blocks * scan->states * ((scan->channels + 15) / 16 * 16);
+    return medmamba::checkpoint_size(*scan);
 }
 
 int32_t medmamba_scan_forward(const medmamba_scan *scan) { return medmamba::call(scan, false); }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .backends import BACKENDS, BackendError, choose_backend
-from .ops import selective_scan
+from .ops import selective_scan, selective_scan_with_state
 from .reference import selective_scan_reference
 from .routes import ROUTE_SETS, Route, parse_route, resolve_routes
 
@@ -17,4 +17,5 @@ __all__ = [
     "resolve_routes",
     "selective_scan",
     "selective_scan_reference",
+    "selective_scan_with_state",
 ]

@@ -5,6 +5,7 @@ with the simplified discretisation of its section 3.2; routes as in Liu et al., 
 
     dt_t = softplus(raw_t + bias)        h_t = exp(dt_t A) * h_{t-1} + dt_t x_t B_t^T        y_t = h_t C_t + D x_t
 
+In the SSD form (Dao & Gu, "Transformers are SSMs", 2024, arXiv:2405.21060) A and dt are scalars per head of channels.
 Everything else in this package is a faster way to get these numbers.
 """
 
@@ -34,19 +35,24 @@ def selective_scan_reference(
     dt_softplus: bool = True,
     dt_mask: Tensor | None = None,
     merge: str = "sum",
-) -> Tensor:
-    """Multi-route selective scan, one token after the other; see :func:`medmamba_kernels.selective_scan`.
+) -> tuple[Tensor, Tensor]:
+    """Multi-route selective scan, one token after the other; see :func:`medmamba_kernels.selective_scan_with_state`.
 
-    All tensors are used in their own dtype (give float64 for a reference). Same arguments, shapes and result as
-    the public op; arguments are not checked.
+    All tensors are used in their own dtype (give float64 for a reference). Same arguments, shapes and results (y and
+    the final states) as the public op; arguments are not checked.
     """
     resolved = resolve_routes(routes)
+    channels = x.shape[-1]
     if dt_weight is not None:
         dt = torch.einsum("blkr,kcr->blkc", dt, dt_weight)
     if dt_bias is not None:
         dt = dt + dt_bias
     if dt_softplus:
         dt = F.softplus(dt)
+    if A.dim() == 2:  # SSD: one step size and one decay rate for all channels and states of a head
+        per_head = channels // A.shape[1]
+        dt = dt.repeat_interleave(per_head, dim=-1)
+        A = A.repeat_interleave(per_head, dim=-1).unsqueeze(-1).expand(-1, -1, B.shape[-1])
     results = [
         _scan_one_route(
             x,
@@ -61,10 +67,11 @@ def selective_scan_reference(
         )
         for k, route in enumerate(resolved)
     ]
-    y_BKLC = torch.stack(results, dim=1)
+    y_BKLC = torch.stack([y for y, _ in results], dim=1)
+    states = torch.stack([state for _, state in results], dim=1)
     if merge == "none":
-        return y_BKLC
-    return y_BKLC.sum(1) if merge == "sum" else y_BKLC.mean(1)
+        return y_BKLC, states
+    return (y_BKLC.sum(1) if merge == "sum" else y_BKLC.mean(1)), states
 
 
 def _scan_one_route(
@@ -77,7 +84,7 @@ def _scan_one_route(
     mask: Tensor | None,
     order: list[int],
     starts: list[bool],
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     batch, length, channels = x.shape
     h = x.new_zeros(batch, channels, A.shape[-1])
     outputs: list[Tensor] = [x.new_zeros(0)] * length
@@ -96,4 +103,4 @@ def _scan_one_route(
             y = torch.where(visible, y, torch.zeros_like(y))
         h = new_h
         outputs[token] = y
-    return torch.stack(outputs, dim=1)
+    return torch.stack(outputs, dim=1), h

@@ -10,6 +10,7 @@ import torch
 from medmamba import cli
 from medmamba.bench import cases, measure, scan
 from medmamba.command import CommandError
+from medmamba_kernels.testing import SelfTest
 
 
 def test_the_cases_hold_every_scan_of_the_six_stage_network():
@@ -36,7 +37,7 @@ def test_time_and_memory_of_a_known_allocation():
 
 
 def test_a_backend_that_is_wrong_is_not_timed(monkeypatch):
-    monkeypatch.setattr(scan, "self_test", lambda backend: 1e-3)
+    monkeypatch.setattr(scan, "self_test", lambda backend: SelfTest(1e-3, False))
     with pytest.raises(CommandError, match="fails its self-test"):
         next(scan.run(["torch"], [cases.Case("x", (1, 2, 3), 2, 1, "raster2")], 0.01))
 

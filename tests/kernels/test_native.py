@@ -25,11 +25,11 @@ from medmamba_kernels.backends import native
 from medmamba_kernels.inputs import ScanInputs
 
 ROOT = Path(__file__).parents[2]
-NAMES = ("x", "dt", "A", "B", "C", "D", "dt_bias")
+NAMES = ("x", "dt", "A", "B", "C", "D", "dt_bias", "dt_weight")
 # Norm-relative error against float64 on the same inputs.
 TOLERANCES = {
-    torch.float32: {"y": 1e-6, "x": 1e-6, "other": 1e-5},
-    torch.float64: {"y": 1e-13, "x": 1e-13, "other": 1e-12},
+    torch.float32: {"y": 1e-6, "x": 1e-6, "state": 1e-6, "other": 1e-5},
+    torch.float64: {"y": 1e-13, "x": 1e-13, "state": 1e-13, "other": 1e-12},
 }
 
 
@@ -65,33 +65,45 @@ class Case(ScanInputs):
         return replace(self, **changed)
 
     def cotangent(self) -> Tensor:
-        batch, length, channels = self.x.shape
-        shape = (batch, length, channels) if self.merge == "sum" else (batch, len(self.order), length, channels)
-        return torch.randn(shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+        generator = torch.Generator().manual_seed(7)
+        return torch.randn(self.output_shape(), generator=generator, dtype=torch.float64)
+
+    def state_cotangent(self) -> Tensor:
+        return torch.randn(self.final_shape(), generator=torch.Generator().manual_seed(8), dtype=torch.float64)
 
     def run(self) -> dict[str, Tensor]:
-        """y and all gradients from the native backend, keyed by name; absent inputs have no gradient."""
-        y, states = native.forward(self)
-        dy = self.cotangent().to(y.dtype)
-        gradients = native.backward(self, dy, states)
+        """y, the final state if asked for, and all gradients; keyed by name, absent inputs have no gradient."""
+        y, states, final = native.forward(self)
+        dfinal = self.state_cotangent().to(final.dtype) if self.final_state else None
+        gradients = native.backward(self, self.cotangent().to(y.dtype), dfinal, states)
         for gradient, tensor in zip(gradients, self.differentiable, strict=True):
             assert (gradient is None) == (tensor is None)
-        return {"y": y} | {n: g for n, g in zip(NAMES, gradients, strict=True) if g is not None}
+        results = {"y": y, "state": final} if self.final_state else {"y": y}
+        return results | {n: g for n, g in zip(NAMES, gradients, strict=True) if g is not None}
 
     def expect(self) -> dict[str, Tensor]:
         """The same from the loop, in float64, through autograd."""
         case = self.to(torch.float64)
         leaves = {n: getattr(case, n).requires_grad_() for n in NAMES if getattr(case, n) is not None}
-        y = loop(replace(case, **leaves))
-        gradients = torch.autograd.grad((y * self.cotangent()).sum(), list(leaves.values()))
-        return {"y": y.detach(), **dict(zip(leaves, gradients, strict=True))}
+        y, state = loop(replace(case, **leaves))
+        total = (y * self.cotangent()).sum()
+        if self.final_state:
+            total = total + (state * self.state_cotangent()).sum()
+        gradients = torch.autograd.grad(total, list(leaves.values()))
+        results = {"y": y.detach(), "state": state.detach()} if self.final_state else {"y": y.detach()}
+        return results | dict(zip(leaves, gradients, strict=True))
 
 
-def loop(c: Case) -> Tensor:
+def loop(c: Case) -> tuple[Tensor, Tensor]:
     """One token after the other, all routes and samples at once; the definition of the scan."""
     route = c.order.long()
-    dt = c.dt if c.dt_bias is None else c.dt + c.dt_bias
+    dt = c.dt if c.dt_weight is None else torch.einsum("blkr,kcr->blkc", c.dt, c.dt_weight)
+    dt = dt if c.dt_bias is None else dt + c.dt_bias
     dt = F.softplus(dt) if c.dt_softplus else dt
+    A = c.A
+    if A.dim() == 2:  # a head is a run of channels
+        head = torch.arange(c.x.shape[-1]) * A.shape[1] // c.x.shape[-1]
+        dt, A = dt[..., head], A[:, head, None]
     k = torch.arange(len(route)).unsqueeze(1)
     dt_BKLC, B_BKLN, C_BKLN = dt[:, route, k], c.B[:, route, k], c.C[:, route, k]
     x_BKLC = c.x[:, route]
@@ -103,23 +115,40 @@ def loop(c: Case) -> Tensor:
         B_BKLN, C_BKLN = B_BKLN.masked_fill(hidden, 0), C_BKLN.masked_fill(hidden, 0)
     keep = torch.ones(route.shape, dtype=c.x.dtype) if c.starts is None else (~c.starts).to(c.x.dtype)
     steps = (dt_BKLC.unbind(2), x_BKLC.unbind(2), B_BKLN.unbind(2), keep.unbind(1))
-    h, states = torch.zeros(1, dtype=c.x.dtype), []
+    batch, _, channels, routes, size = c.sizes
+    h, states = torch.zeros(batch, routes, channels, size, dtype=c.x.dtype), []
     for step, value, weight, kept in zip(*steps, strict=True):
         drive = (step * value).unsqueeze(-1) * weight.unsqueeze(2)
-        h = torch.exp(step.unsqueeze(-1) * c.A) * (h * kept.view(-1, 1, 1)) + drive
+        h = torch.exp(step.unsqueeze(-1) * A) * (h * kept.view(-1, 1, 1)) + drive
         states.append(h)
+    if not states:
+        return torch.zeros(c.output_shape(), dtype=c.x.dtype), h
     y = torch.einsum("bklcn,bkln->bklc", torch.stack(states, 2), C_BKLN)
     if c.D is not None:
         y = y + c.D.unsqueeze(1) * x_BKLC
     y = y * visible.unsqueeze(-1)
     y = torch.zeros_like(y).index_put((torch.arange(len(y)).view(-1, 1, 1), k, route), y)
-    return y.sum(1) if c.merge == "sum" else y
+    return (y.sum(1) if c.merge == "sum" else y), h
 
 
 def make(
-    batch=1, length=65, channels=8, states=4, routes=1, *, merge="sum", mask=0.0, resets=0.0, plain=False, seed=0
+    batch=1,
+    length=65,
+    channels=8,
+    states=4,
+    routes=1,
+    *,
+    heads=0,
+    rank=0,
+    merge="sum",
+    mask=0.0,
+    resets=0.0,
+    plain=False,
+    final=False,
+    seed=0,
 ) -> Case:
     """A random float64 case of ordinary magnitude on random permutations; ``plain`` has no D and no bias."""
+    steps = heads or channels
     g = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -127,17 +156,19 @@ def make(
 
     return Case(
         x=normal(batch, length, channels),
-        dt=normal(batch, length, routes, channels),
-        A=-torch.exp(normal(routes, channels, states)),
+        dt=normal(batch, length, routes, rank or steps),
+        A=-torch.exp(normal(routes, heads) if heads else normal(routes, channels, states)),
         B=normal(batch, length, routes, states),
         C=normal(batch, length, routes, states),
         D=None if plain else normal(routes, channels),
-        dt_bias=None if plain else normal(routes, channels) - 2,
+        dt_bias=None if plain else normal(routes, steps) - 2,
+        dt_weight=normal(routes, steps, rank) / math.sqrt(rank) if rank else None,
         dt_mask=torch.rand(batch, length, generator=g) >= mask if mask else None,
         order=torch.stack([torch.randperm(length, generator=g).int() for _ in range(routes)]),
         starts=torch.rand(routes, length, generator=g) < resets if resets else None,
         merge=merge,
-    )
+        final_state=final,
+    )  # fmt: skip
 
 
 def assert_close(got: dict[str, Tensor], expected: dict[str, Tensor], dtype: torch.dtype) -> None:
@@ -179,6 +210,28 @@ CASES = {
     "masked with resets": {
         "batch": 2, "length": 300, "channels": 17, "states": 3, "routes": 6, "mask": 0.7, "resets": 0.1,
     },
+    "issue's lengths": {"length": 4096, "channels": 17, "states": 4, "routes": 2},
+    "eight routes": {"length": 127, "channels": 33, "states": 8, "routes": 8},
+    "twelve routes": {"batch": 2, "length": 65, "channels": 17, "states": 16, "routes": 12},
+    "final state": {"batch": 2, "length": 130, "channels": 17, "states": 5, "routes": 3, "final": True},
+    "final state, one token": {"length": 1, "channels": 3, "states": 16, "routes": 2, "final": True},
+    "final state, masked with resets": {
+        "length": 200, "channels": 17, "states": 3, "routes": 6, "mask": 0.7, "resets": 0.1, "final": True,
+    },
+    "rank 1": {"length": 65, "channels": 17, "states": 4, "routes": 2, "rank": 1},
+    "rank 6": {"batch": 2, "length": 130, "channels": 96, "states": 16, "routes": 6, "rank": 6},
+    "rank 31, masked": {"length": 130, "channels": 33, "states": 1, "routes": 2, "rank": 31, "mask": 0.5},
+    "rank 40, no bias": {"length": 64, "channels": 8, "states": 4, "rank": 40, "plain": True, "merge": "none"},
+    "one head": {"length": 130, "channels": 40, "states": 16, "routes": 2, "heads": 1},
+    "heads of a vector": {"batch": 2, "length": 200, "channels": 96, "states": 16, "routes": 6, "heads": 6},
+    "heads of two vectors": {"length": 127, "channels": 96, "states": 64, "heads": 3, "final": True},
+    "heads across vectors": {"length": 130, "channels": 72, "states": 7, "routes": 3, "heads": 3, "merge": "none"},
+    "a head per channel": {"length": 100, "channels": 33, "states": 4, "routes": 2, "heads": 33},
+    "heads, masked with resets": {
+        "batch": 2, "length": 300, "channels": 40, "states": 3, "routes": 6, "heads": 5, "mask": 0.7, "resets": 0.1,
+    },
+    "heads, low rank": {"length": 130, "channels": 36, "states": 4, "routes": 2, "heads": 4, "rank": 2, "mask": 0.3},
+    "heads, no bias": {"length": 65, "channels": 24, "states": 2, "heads": 4, "plain": True},
 }  # fmt: skip
 
 
@@ -209,20 +262,20 @@ def test_a_long_slow_decay_drifts_no_more_than_torch_in_float32():
     case = replace(make(length=2048, channels=16, states=2, plain=True), dt_softplus=False)
     case = replace(case, x=case.x.abs(), B=case.B.abs(), dt=case.dt.abs() * 0.02, A=case.A / 20)
     case = case.to(torch.float32)
-    expected = loop(case.to(torch.float64))
+    expected, _ = loop(case.to(torch.float64))
 
     def error(y: Tensor) -> float:
         return ((y.double() - expected).norm() / expected.norm()).item()
 
-    y, _ = native.forward(case)
-    assert error(y) <= 1.5 * error(loop(case))
+    y = native.forward(case)[0]
+    assert error(y) <= 1.5 * error(loop(case)[0])
 
 
 @pytest.mark.parametrize("product", [-1e3, -1e7, -1e20, -3e38, -math.inf])
 def test_a_huge_decay_forgets_everything_and_is_not_nan(product):
     case = replace(make(length=70, channels=17, states=3, plain=True), dt_softplus=False)
     case = replace(case, dt=torch.ones_like(case.dt), A=torch.full_like(case.A, product)).to(torch.float32)
-    y, _ = native.forward(case)
+    y = native.forward(case)[0]
     alone = replace(case, starts=torch.ones(1, 70, dtype=torch.bool))
     assert torch.equal(y, native.forward(alone)[0])
 
@@ -232,21 +285,47 @@ def test_growing_states_are_right_until_they_overflow_to_infinity():
     case = replace(case, dt=torch.ones_like(case.dt), A=-0.1 * case.A).to(torch.float32)
     assert_close(case.run(), case.expect(), torch.float32)
     case = replace(case, A=torch.full_like(case.A, 80.0), x=case.x.abs(), B=case.B.abs(), C=case.C.abs())
-    y, _ = native.forward(case)
+    y = native.forward(case)[0]
     assert bool((y[0, case.order[0, 2:].long()] == math.inf).all())
 
 
-def test_nan_inputs_give_nan_and_only_where_they_reach():
+def test_a_nan_in_the_volume_gives_nan_and_only_where_it_reaches():
     case = make(length=200, channels=17, states=3).to(torch.float32)
     at = int(case.order[0, 100])
-    dt = case.dt.clone()
-    dt[0, at, 0, 5] = math.nan
-    y, _ = native.forward(replace(case, dt=dt))
-    clean, _ = native.forward(case)
+    x = case.x.clone()
+    x[0, at, 5] = math.nan
+    y = native.forward(replace(case, x=x))[0]
+    clean = native.forward(case)[0]
     order = case.order[0].long()
     assert bool(y[0, order[100:], 5].isnan().all())
     y[0, order[100:], 5] = clean[0, order[100:], 5]
     assert torch.equal(y, clean)
+
+
+@pytest.mark.parametrize("kind", [{}, {"heads": 2}, {"rank": 3}], ids=str)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_step_that_is_no_number_is_found_wherever_it_stands(kind, value):
+    case = make(batch=2, length=130, channels=18, states=3, routes=2, **kind).to(torch.float32)
+    for sample, token, route in ((0, 0, 0), (1, 129, 1), (0, 64, 1)):
+        dt = case.dt.clone()
+        dt[sample, token, route, -1] = value
+        if kind.get("rank"):
+            case = replace(case, dt_weight=case.dt_weight.abs())
+        with pytest.raises(ValueError, match=rf"sample {sample}, token {token}, route {route}, .*: (nan|inf)"):
+            native.forward(replace(case, dt=dt))
+        hidden = torch.ones(2, 130, dtype=torch.bool)
+        hidden[sample, token] = False
+        native.forward(replace(case, dt=dt, dt_mask=hidden))
+
+
+def test_a_negative_step_is_found():
+    case = make(length=70, plain=True).to(torch.float32)
+    case = replace(case, dt=case.dt.abs(), dt_softplus=False)
+    native.forward(case)
+    dt = case.dt.clone()
+    dt[0, 69, 0, 7] = -1e-3
+    with pytest.raises(ValueError, match=r"token 69, route 0, channel 7: -0\.001"):
+        native.forward(replace(case, dt=dt))
 
 
 def test_what_masked_tokens_hold_is_never_read():
@@ -285,11 +364,12 @@ def test_strides_do_not_matter():
 def test_gradients_accept_expanded_and_transposed_cotangents():
     for merge in ("sum", "none"):
         case = make(length=70, channels=8, routes=2, merge=merge).to(torch.float32)
-        y, states = native.forward(case)
+        y, states, _ = native.forward(case)
         for dy in (torch.ones(()).expand_as(y), torch.randn_like(y.mT.contiguous()).mT):
-            strided = native.backward(case, dy, states)
-            plain = native.backward(case, dy.contiguous(), states)
-            assert all(torch.equal(a, b) for a, b in zip(strided, plain, strict=True))
+            strided = native.backward(case, dy, None, states)
+            plain = native.backward(case, dy.contiguous(), None, states)
+            pairs = zip(strided[:-1], plain[:-1], strict=True)  # the last belongs to the weights of a low rank
+            assert all(torch.equal(a, b) for a, b in pairs)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -298,11 +378,13 @@ def test_half_precision_is_computed_in_float32(dtype):
     assert_same_bits(case.run(), case.to(torch.float32).run())
 
 
+@pytest.mark.parametrize("kind", [{}, {"rank": 3}, {"heads": 2}], ids=str)
 @pytest.mark.parametrize("batch", [1, 2, 3])
 @pytest.mark.parametrize("channels", [16, 80])
-def test_any_number_of_threads_gives_the_same_bits(threads, batch, channels):
-    length = 6000 // batch if channels == 80 else 20000 // batch
-    case = make(batch, length, channels, states=5, routes=3, mask=0.1, resets=0.01).to(torch.float32)
+def test_any_number_of_threads_gives_the_same_bits(threads, batch, channels, kind):
+    length = (6000 if channels == 80 else 20000) * (3 if kind else 1) // batch
+    case = make(batch, length, channels, states=5, routes=3, mask=0.1, resets=0.01, final=True, **kind)
+    case = case.to(torch.float32)
     threads(1)
     expected = case.run()
     for count in (1, 2, 3, 7):
@@ -326,11 +408,11 @@ def test_a_call_leaves_the_floating_point_mode_as_it_was():
 
 def test_inference_saves_no_states():
     case = make(length=130).to(torch.float32)
-    y, states = native.forward(case, save_states=False)
+    y, states, _ = native.forward(case, save_states=False)
     assert states.numel() == 0
     assert torch.equal(y, native.forward(case)[0])
     with pytest.raises(ValueError, match="run forward with save_states=True"):
-        native.backward(case, torch.ones_like(y), states)
+        native.backward(case, torch.ones_like(y), None, states)
 
 
 @pytest.mark.parametrize("empty", [{"batch": 0}, {"length": 0}, {"channels": 0}], ids=str)
@@ -358,12 +440,17 @@ WRONG = {
     ),
     "dt of two routes": (lambda c: {"dt": c.dt.repeat(1, 1, 2, 1)}, ValueError, "dt has shape"),
     "A of other channels": (lambda c: {"A": c.A[:, :5]}, ValueError, r"A has shape \(1, 5, 4\)"),
-    "B of other states": (lambda c: {"B": c.B[..., :3]}, ValueError, "B has shape"),
+    "B of other states": (lambda c: {"B": c.B[..., :3]}, ValueError, "A has shape"),
+    "C of other states": (lambda c: {"C": c.C[..., :3]}, ValueError, "C has shape"),
     "C on the meta device": (lambda c: {"C": c.C.to("meta")}, ValueError, "C is on meta"),
     "D of one axis": (lambda c: {"D": c.D[0]}, ValueError, r"D has shape \(8,\)"),
     "x of two axes": (lambda c: {"x": c.x[0]}, ValueError, r"expected \(Bt, L, Ch\)"),
     "no state": (
         lambda c: {"A": c.A[..., :0], "B": c.B[..., :0], "C": c.C[..., :0]}, native.NativeError, "zero where",
+    ),
+    "heads that do not divide": (lambda c: {"A": c.A[:, :3, 0]}, ValueError, "A has 3 heads, which must divide the 8"),
+    "weights of other channels": (
+        lambda c: {"dt_weight": c.A[:, :5, :2]}, ValueError, "dt has shape",
     ),
     "an unknown merge": (lambda c: {"merge": "mean"}, ValueError, "merge is 'mean'"),
 }  # fmt: skip
@@ -380,9 +467,11 @@ def test_wrong_arguments_raise_and_are_named(name):
 
 def test_gradients_of_another_shape_raise():
     case = make()
-    y, states = native.forward(case)
+    y, states, final = native.forward(replace(case, final_state=True))
     with pytest.raises(ValueError, match="dy has shape"):
-        native.backward(case, y[:, :-1], states)
+        native.backward(case, y[:, :-1], None, states)
+    with pytest.raises(ValueError, match="dfinal has shape"):
+        native.backward(case, y, final[:, :, :-1], states)
 
 
 BROKEN = {
@@ -391,6 +480,9 @@ BROKEN = {
     "no route": ({"routes": 0}, 2),
     "sizes beyond 64 bits": ({"batch": 2**31, "length": 2**31 - 1, "channels": 2**31}, 2),
     "more tokens than int32 counts": ({"length": 2**31}, 2),
+    "heads that do not divide the channels": ({"heads": 3}, 2),
+    "heads and a rank": ({"heads": 2, "rank": 2}, 2),
+    "a rank without weights": ({"rank": 2}, 4),
     "an unknown dtype": ({"dtype": 7}, 3),
     "an unknown merge": ({"merge": 2}, 3),
     "no thread": ({"threads": 0}, 3),
@@ -553,7 +645,7 @@ def test_own_threads_and_the_threads_of_torch_give_the_same_bits(threads):
         "from medmamba_kernels.testing import make_problem\n"
         "torch.set_num_threads(2)\n"
         "p = make_problem((8, 9, 10), channels=64, state_size=16, batch=2, dtype=torch.float32)\n"
-        "result = p.run_with_gradients('native', torch.ones_like(p.x))\n"
+        "result = p.run_with_gradients('native', {'y': torch.ones_like(p.x)})\n"
         "print(native._share_openmp(native._library()) if sys.argv[1] == 'torch' else True)\n"
         "print({name: value.double().sum().item().hex() for name, value in result.items()})\n"
     )

@@ -75,7 +75,7 @@ def test_every_backend_is_tested_against_the_reference():
 
 @pytest.mark.parametrize("error", [1.0, float("nan")])
 def test_a_backend_with_wrong_numbers_fails(error, monkeypatch):
-    monkeypatch.setattr(testing, "self_test", lambda name, device: error)
+    monkeypatch.setattr(testing, "self_test", lambda name, device: testing.SelfTest(error, False))
     check = next(check for check in doctor.check_backends() if "backend torch on cpu" in check.name)
     assert check.status == "fail"
     assert "MEDMAMBA_BACKEND" in check.remedy
@@ -95,7 +95,7 @@ def test_a_backend_that_crashes_fails_and_the_others_go_on(monkeypatch):
 def test_a_backend_that_cannot_run_here_is_a_note_with_its_reason(monkeypatch):
     module = SimpleNamespace(unavailable_reason=lambda device: "no compiler")
     monkeypatch.setitem(BACKENDS, "other", module)
-    monkeypatch.setattr(testing, "self_test", lambda name, device: 0.0)
+    monkeypatch.setattr(testing, "self_test", lambda name, device: testing.SelfTest(0.0, True))
     (check,) = [check for check in doctor.check_backends() if "other" in check.name]
     assert (check.status, check.detail) == ("note", "not available: no compiler")
 
@@ -132,7 +132,7 @@ def test_the_variable_is_looked_at(is_set, monkeypatch):
 
 def test_a_backend_forced_by_the_environment_that_does_not_exist_fails(monkeypatch):
     monkeypatch.setenv("MEDMAMBA_BACKEND", "nothing")
-    monkeypatch.setattr(testing, "self_test", lambda name, device: 0.0)
+    monkeypatch.setattr(testing, "self_test", lambda name, device: testing.SelfTest(0.0, True))
     check = next(check for check in doctor.check_backends() if check.name == "scan on cpu")
     assert check.status == "fail"
     assert "unset MEDMAMBA_BACKEND" in check.remedy

@@ -2,9 +2,11 @@
 
 ``unavailable_reason(device)``              why it cannot run on a device, or None
 ``states_shape(batch, length, ...)``        shape of the tensor that ``forward`` saves for ``backward``
-``forward(inputs, *, save_states)``         (y, states): y in raster order and in ``inputs.compute_dtype``, states of
-                                            ``states_shape`` (empty without ``save_states``) and of no use to others
-``backward(inputs, dy, states)``            gradients of ``inputs.differentiable``, None where the input is None
+``forward(inputs, *, save_states)``         (y, states, final): y in raster order and in ``inputs.compute_dtype``;
+                                            states of ``states_shape`` (empty without ``save_states``), of no use to
+                                            others; the final state of ``inputs.final_shape()``
+``backward(inputs, dy, dfinal, states)``    gradients of ``inputs.differentiable``, None where the input is None; dfinal
+                                            None when the final state has none
 
 ``inputs`` is a :class:`~medmamba_kernels.inputs.ScanInputs`. Backends compute; they choose nothing.
 """
@@ -12,6 +14,8 @@
 from __future__ import annotations
 
 import os
+import warnings
+from functools import lru_cache
 from types import ModuleType
 
 import torch
@@ -20,9 +24,9 @@ from . import chunked, gpu, native
 
 BACKENDS: dict[str, ModuleType] = {"native": native, "torch": chunked, "triton": gpu}
 
-# What "auto" tries, in order of preference. triton joins when its tests marked gpu have passed on a GPU: so far its
-# values were checked in Triton's interpreter and its machine code by compiling it.
-AUTOMATIC = ("native", "torch")
+# The fast backend of a device, and how much slower the scan is without it: native measured on two CPUs
+# (kernels/bench/results); triton is unmeasured, and therefore proves its numbers on the device before it is used.
+_FAST = {"cpu": ("native", "about 20 times slower"), "cuda": ("triton", "many times slower (not measured)")}
 
 
 class BackendError(RuntimeError):
@@ -35,8 +39,9 @@ def choose_backend(requested: str, device: torch.device) -> str:
     """Name of the backend to use.
 
     Args:
-        requested: "auto" (the environment variable ``MEDMAMBA_BACKEND`` if set, else the first of ``AUTOMATIC``
-            that works) or a name, which is used or raises.
+        requested: "auto" (the environment variable ``MEDMAMBA_BACKEND`` if set; else native on CPUs, triton on GPUs
+            where it passes its self-test, and torch with one warning where these cannot run) or a name, which is used
+            or raises.
         device: where the tensors are.
 
     Raises:
@@ -45,10 +50,40 @@ def choose_backend(requested: str, device: torch.device) -> str:
     """
     name = os.environ.get("MEDMAMBA_BACKEND", "auto") if requested == "auto" else requested
     if name == "auto":
-        return next(name for name in AUTOMATIC if BACKENDS[name].unavailable_reason(device) is None)
+        return _automatic(device)
     if name not in BACKENDS:
         raise ValueError(f"unknown scan backend {name!r}; known: auto, {', '.join(BACKENDS)}")
     reason = BACKENDS[name].unavailable_reason(device)
     if reason is not None:
         raise BackendError(f"scan backend {name!r} was asked for but cannot run on {device}: {reason}")
     return name
+
+
+@lru_cache(maxsize=64)
+def _automatic(device: torch.device) -> str:
+    if device.type not in _FAST:
+        return "torch"
+    name, slower = _FAST[device.type]
+    reason = BACKENDS[name].unavailable_reason(device)
+    if reason is None and name == "triton":
+        reason = _failed_self_test(name, device)
+    if reason is None:
+        return name
+    warnings.warn(
+        f"the scan runs in plain PyTorch, {slower}: its {name} backend cannot be used on {device} ({reason}). "
+        "`medmamba doctor` shows the backends; MEDMAMBA_BACKEND=torch silences this",
+        stacklevel=2,
+    )
+    return "torch"
+
+
+def _failed_self_test(name: str, device: torch.device) -> str | None:
+    """Why a backend does not give the reference's numbers on a device, or None if it does."""
+    from medmamba_kernels.testing import self_test
+
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            error, passed = self_test(name, device)
+    except Exception as problem:  # compilers and drivers fail in many ways; the scan goes on without this backend
+        return f"its self-test stopped with {type(problem).__name__}: {problem}"
+    return None if passed else f"its self-test fails, error {error:.1e}"

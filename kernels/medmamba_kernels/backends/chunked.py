@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from medmamba_kernels.inputs import ScanInputs
+from medmamba_kernels.inputs import ScanInputs, bad_step_error
+from medmamba_kernels.lowering import from_per_channel, to_per_channel
 
 # State elements that one step works on: on a CPU they should stay in the second-level cache, a GPU wants work.
 _STEP_ELEMENTS = {"cpu": 2**17, "cuda": 2**22}
@@ -100,6 +101,10 @@ class _RouteView:
         # Every token occurs once per route, so this addition is exact and deterministic.
         into[:, token] = into[:, token] + values if add else values
 
+    def zero_state(self) -> Tensor:
+        """(batch, M, C, N) zeros."""
+        return self.x.new_zeros(self.x.shape[0], self.chunks, self.x.shape[-1], self.B.shape[-1])
+
     def decay(self, step: int, part: slice = slice(None)) -> Tensor:
         decay = torch.exp(self.dt[:, step, part, :, None] * self.A)
         return decay if self.keep is None else decay * self.keep[step, part]
@@ -113,9 +118,14 @@ class _RouteView:
         return decay if self.keep is None else decay * self.keep.prod(0)
 
 
-def _carry(local: Tensor, decay: Tensor, reverse: bool = False) -> Tensor:
-    """States entering every chunk, from the chunks' local end states; both (batch, M, C, N)."""
+def _carry(local: Tensor, decay: Tensor, reverse: bool = False, last: Tensor | None = None) -> Tensor:
+    """States entering every chunk, from the chunks' local end states, both (batch, M, C, N).
+
+    ``reverse`` goes from the last chunk to the first; the last is then entered by ``last`` (batch, C, N), or by zero.
+    """
     entering = torch.zeros_like(local)
+    if last is not None:
+        entering[:, -1] = last
     chunks = range(local.shape[1])
     for previous, m in pairwise(reversed(chunks) if reverse else chunks):
         entering[:, m] = decay[:, previous] * entering[:, previous] + local[:, previous]
@@ -123,8 +133,7 @@ def _carry(local: Tensor, decay: Tensor, reverse: bool = False) -> Tensor:
 
 
 def _chunk_starts(view: _RouteView) -> Tensor:
-    batch, channels, state_size = view.x.shape[0], view.x.shape[-1], view.A.shape[-1]
-    h = view.x.new_zeros(batch, view.chunks, channels, state_size)
+    h = view.zero_state()
     if view.chunks == 1:
         return h
     for step in range(view.chunk):
@@ -132,17 +141,21 @@ def _chunk_starts(view: _RouteView) -> Tensor:
     return _carry(h, view.chunk_decay())
 
 
-def forward(inputs: ScanInputs, *, save_states: bool) -> tuple[Tensor, Tensor]:
+def forward(inputs: ScanInputs, *, save_states: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Scan all routes; see the package docstring of ``backends`` for the interface."""
-    inputs = inputs.in_compute_dtype()
+    inputs = to_per_channel(inputs.in_compute_dtype())
     batch, length, channels, routes, state_size = inputs.sizes
     device_type = inputs.x.device.type
     chunk = _chunk_size(batch, length, channels, state_size, device_type)
     y = inputs.x.new_zeros(inputs.output_shape())
     shape = states_shape(batch, length, routes, channels, state_size, device_type) if save_states else (0,)
     states = inputs.x.new_empty(shape)
+    final = inputs.x.new_empty(inputs.final_shape())
     for k in range(routes):
         view = _RouteView(inputs, k, chunk)
+        # Elsewhere than on the CPU this would wait for the device.
+        if device_type == "cpu" and not ((view.dt >= 0) & (view.dt < torch.inf)).all():
+            raise bad_step_error(inputs, inputs.dt, inputs.dt_bias)
         h = _chunk_starts(view)
         if save_states:
             states[k] = h
@@ -154,12 +167,17 @@ def forward(inputs: ScanInputs, *, save_states: bool) -> tuple[Tensor, Tensor]:
             y_route += view.D * view.x
         merged = inputs.merge == "sum"
         view.scatter(view._hide(y_route), y if merged else y[:, k], add=merged)
-    return y, states
+        if inputs.final_state:
+            final[:, k] = h[:, -1]  # padding after the last token passes the state unchanged
+    return y, states, final
 
 
-def backward(inputs: ScanInputs, dy: Tensor, states: Tensor) -> tuple[Tensor | None, ...]:
-    """Gradients of x, dt, A, B, C, D, dt_bias (None where the input is None), in the compute dtype."""
-    inputs = inputs.in_compute_dtype()
+def backward(inputs: ScanInputs, dy: Tensor, dfinal: Tensor | None, states: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of ``inputs.differentiable`` (None where the input is None), in the compute dtype."""
+    return from_per_channel(inputs, _backward(to_per_channel(inputs.in_compute_dtype()), dy, dfinal, states))
+
+
+def _backward(inputs: ScanInputs, dy: Tensor, dfinal: Tensor | None, states: Tensor) -> tuple[Tensor | None, ...]:
     dy = dy.to(inputs.compute_dtype)
     batch, length, channels, routes, state_size = inputs.sizes
     chunk = _chunk_size(batch, length, channels, state_size, inputs.x.device.type)
@@ -168,7 +186,7 @@ def backward(inputs: ScanInputs, dy: Tensor, states: Tensor) -> tuple[Tensor | N
     for k in range(routes):
         view = _RouteView(inputs, k, chunk)
         dy_route = view.gather_gradient(dy if inputs.merge == "sum" else dy[:, k])
-        gradient = _route_backward(view, states[k], dy_route)
+        gradient = _route_backward(view, states[k], dy_route, None if dfinal is None else dfinal[:, k])
         if view.D is not None and dD is not None:
             gradient["x"] += view.D * dy_route
             dD[k] = (view.x * dy_route).sum((0, 1, 2))
@@ -188,7 +206,7 @@ def _zeros(tensor: Tensor) -> Tensor:
     return torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device)
 
 
-def _route_backward(view: _RouteView, chunk_starts: Tensor, dy: Tensor) -> dict[str, Tensor]:
+def _route_backward(view: _RouteView, chunk_starts: Tensor, dy: Tensor, dfinal: Tensor | None) -> dict[str, Tensor]:
     """Gradients of one route in its chunked order; the direct path D is added by the caller."""
     gradient = {
         "x": torch.empty_like(view.x),
@@ -197,9 +215,8 @@ def _route_backward(view: _RouteView, chunk_starts: Tensor, dy: Tensor) -> dict[
         "B": torch.empty_like(view.B),
         "C": torch.empty_like(view.C),
     }
-    from_later = _gradients_from_later_chunks(view, dy)
-    batch, channels = view.x.shape[0], view.x.shape[-1]
-    per_chunk = batch * view.chunk * channels * view.A.shape[-1]
+    from_later = _gradients_from_later_chunks(view, dy, dfinal)
+    per_chunk = view.chunk * chunk_starts[:, 0].numel()
     group = max(1, _BACKWARD_ELEMENTS.get(view.x.device.type, _BACKWARD_ELEMENTS["cuda"]) // per_chunk)
     for first in range(0, view.chunks, group):
         part = slice(first, min(first + group, view.chunks))
@@ -207,15 +224,16 @@ def _route_backward(view: _RouteView, chunk_starts: Tensor, dy: Tensor) -> dict[
     return gradient
 
 
-def _gradients_from_later_chunks(view: _RouteView, dy: Tensor) -> Tensor:
-    """dL/dh at the end of every chunk as seen from the chunks after it, (batch, M, C, N)."""
-    batch, channels, state_size = view.x.shape[0], view.x.shape[-1], view.A.shape[-1]
-    g = view.x.new_zeros(batch, view.chunks, channels, state_size)
-    if view.chunks == 1:
-        return g
-    for step in range(view.chunk - 1, -1, -1):
-        g.add_(dy[:, step].unsqueeze(-1) * view.C[:, step, :, None, :]).mul_(view.decay(step))
-    return _carry(g, view.chunk_decay(), reverse=True)
+def _gradients_from_later_chunks(view: _RouteView, dy: Tensor, dfinal: Tensor | None) -> Tensor:
+    """dL/dh at the end of every chunk as seen from what comes after it, (batch, M, C, N)."""
+    g = view.zero_state()
+    if view.chunks > 1:
+        for step in range(view.chunk - 1, -1, -1):
+            g.add_(dy[:, step].unsqueeze(-1) * view.C[:, step, :, None, :]).mul_(view.decay(step))
+        g = _carry(g, view.chunk_decay(), reverse=True, last=dfinal)
+    elif dfinal is not None:
+        g[:, 0] = dfinal
+    return g
 
 
 def _group_backward(
@@ -238,4 +256,4 @@ def _group_backward(
         g.mul_(decays[step])
         through_decay = g * states[step]
         gradient["dt"][:, step, part] = x * g_B + (through_decay * view.A).sum(-1)
-        gradient["A"] += (through_decay * dt.unsqueeze(-1)).sum((0, 1))
+        gradient["A"] += (through_decay * dt.unsqueeze(-1)).sum_to_size(view.A.shape)

@@ -34,12 +34,13 @@ import importlib.util
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, lru_cache
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from medmamba_kernels.inputs import ScanInputs
+from medmamba_kernels.lowering import from_per_channel, to_per_channel
 
 MIN_TRITON = (3, 4)
 MAX_STATE_SIZE = 128
@@ -120,6 +121,14 @@ def _device_table(
     return order.to(device), starts.to(device, torch.int8), resets.to(device, torch.int8)
 
 
+class _ChunkStates(NamedTuple):
+    """What the chunks of every route hand to one another."""
+
+    entering: Tensor  # (batch, K, M, N, C): the state that enters a chunk
+    sums: Tensor  # (batch, K, M, C): sum of dt over a chunk
+    last: Tensor | None  # (batch, K, N, C): end of the last chunk from a zero state, if the final state is wanted
+
+
 class _Call:
     """The arguments of a call as the kernels take them, and their launches."""
 
@@ -134,9 +143,10 @@ class _Call:
         self.sizes = tile_sizes(self.state_size, is_backward=False)
         self.blocks = -(-self.channels // self.sizes["BC"])
         self.softplus = inputs.dt_softplus
+        self.final_state = inputs.final_state
         self.x, self.dt, self.B, self.C = (_rows(t) for t in (inputs.x, inputs.dt, inputs.B, inputs.C))
         # Channels last, like the states: neighbouring threads hold neighbouring channels.
-        self.A = inputs.A.to(self.dtype).mT.contiguous()
+        self.A = inputs.A.to(self.dtype).expand(-1, -1, self.state_size).mT.contiguous()
         self.D = None if inputs.D is None else inputs.D.to(self.dtype).contiguous()
         self.dt_bias = None if inputs.dt_bias is None else inputs.dt_bias.to(self.dtype).contiguous()
         self.mask = None if inputs.dt_mask is None else inputs.dt_mask.contiguous().view(torch.uint8)
@@ -151,16 +161,14 @@ class _Call:
         """Triton launches on the current device."""
         return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
-    def entering_states(self, tokens: Tensor, stride: tuple[int, ...], weights: Tensor, reverse: bool) -> Tensor | None:
-        """State that enters every chunk, or None where a single chunk starts from zero.
+    def chunk_states(self, tokens: Tensor, stride: tuple[int, ...], weights: Tensor, reverse: bool) -> _ChunkStates:
+        """What the chunks hand to one another.
 
         Args:
             tokens: x, or dy for the gradients of the states.
             stride: its strides along batch, routes, L.
             weights: B, or C for the gradients of the states.
         """
-        if self.chunks == 1:
-            return None
         states = self.empty(self.batch, self.routes, self.chunks, self.state_size, self.channels)
         sums = self.empty(self.batch, self.routes, self.chunks, self.channels)
         kernels = _kernels()
@@ -194,6 +202,7 @@ class _Call:
             REVERSE=reverse,
             **LAUNCH,
         )
+        last = states[:, :, -1].clone() if self.final_state else None
         elements = self.state_size * self.channels
         kernels._scan_carry_kernel[(-(-elements // 32), self.batch * self.routes)](
             p_states=states,
@@ -209,29 +218,42 @@ class _Call:
             REVERSE=reverse,
             **LAUNCH,
         )
-        return states
+        return _ChunkStates(states, sums, last)
+
+    def decay(self, sums: Tensor, has_reset: Tensor | None) -> Tensor:
+        """exp(A * sum of dt), or 0 over a reset: sums (batch, K, M, C), has_reset (K, M) -> (batch, K, M, N, C)."""
+        decay = torch.exp(self.A[:, None] * sums.unsqueeze(-2))
+        return decay if has_reset is None else decay * (has_reset == 0)[:, :, None, None]
 
     def launches(self) -> list[tuple[int, int]]:
         """First route and number of routes of every launch whose routes share an output."""
         return [(0, self.routes)] if self.one_launch else [(k, 1) for k in range(self.routes)]
 
 
-def forward(inputs: ScanInputs, *, save_states: bool) -> tuple[Tensor, Tensor]:
+def forward(inputs: ScanInputs, *, save_states: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Scan all routes; see the package docstring of ``backends`` for the interface.
 
     Returns:
         y in raster order, (batch, L, C) for merge "sum" or (batch, K, L, C) for "none", float32 or float64;
-        states (batch, K, M, N, C), or an empty tensor without ``save_states``.
+        states (batch, K, M, N, C), or an empty tensor without ``save_states``;
+        the final state (batch, K, C, N), or an empty tensor.
 
     Raises:
         ValueError: a state size above ``MAX_STATE_SIZE``.
     """
+    inputs = to_per_channel(inputs)
     call = _Call(inputs)
     apart = inputs.merge == "none" or call.one_launch
     launches = [(0, call.routes)] if apart else call.launches()
     y = call.empty(call.batch, call.routes if apart else 1, call.length, call.channels)
     with call.on_device():
-        states = call.entering_states(call.x, (call.x.stride(0), 0, call.x.stride(1)), call.B, reverse=False)
+        states, final = None, call.empty(0)
+        if call.chunks > 1 or inputs.final_state:
+            chunks = call.chunk_states(call.x, (call.x.stride(0), 0, call.x.stride(1)), call.B, reverse=False)
+            states = chunks.entering
+            if chunks.last is not None:
+                decay = call.decay(chunks.sums[:, :, -1:], None if call.resets is None else call.resets[:, -1:])
+                final = (chunks.last + decay[:, :, 0] * states[:, :, -1]).mT
         for first_route, count in launches:
             _kernels()._scan_fwd_kernel[(call.chunks * call.blocks, call.batch, count)](
                 p_x=call.x,
@@ -274,16 +296,43 @@ def forward(inputs: ScanInputs, *, save_states: bool) -> tuple[Tensor, Tensor]:
     if inputs.merge == "sum":
         y = y.squeeze(1) if y.shape[1] == 1 else y.sum(1)
     if not save_states:
-        return y, call.empty(0)
+        return y, call.empty(0), final
     if states is None:
         shape = states_shape(call.batch, call.length, call.routes, call.channels, call.state_size, call.device.type)
         states = torch.zeros(shape, dtype=call.dtype, device=call.device)
-    return y, states
+    return y, states, final.contiguous()
 
 
-def backward(inputs: ScanInputs, dy: Tensor, states: Tensor) -> tuple[Tensor | None, ...]:
-    """Gradients of x, dt, A, B, C, D, dt_bias (None where the input is None); ddt in the dtype of dt, the others in
+def backward(inputs: ScanInputs, dy: Tensor, dfinal: Tensor | None, states: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of ``inputs.differentiable`` (None where the input is None); ddt in the dtype of dt, the others in
     float32 or float64."""
+    return from_per_channel(inputs, _backward(to_per_channel(inputs), dy, dfinal, states))
+
+
+def _later_states(call: _Call, dy: Tensor, dy_stride: tuple[int, ...], dfinal: Tensor | None) -> Tensor:
+    """dL/dh at the end of every chunk as seen from what comes after it, (batch, K, M, N, C)."""
+    if call.chunks == 1:
+        if dfinal is not None:
+            return dfinal.mT.unsqueeze(2).contiguous()
+        shape = states_shape(call.batch, call.length, call.routes, call.channels, call.state_size, call.device.type)
+        return torch.zeros(shape, dtype=call.dtype, device=call.device)
+    later, sums, _ = call.chunk_states(dy, dy_stride, call.C, reverse=True)
+    if dfinal is None:
+        return later
+    # The decay from the end of a chunk to the end of the route.
+    after = _sum_of_later(sums, axis=2)
+    resets = None if call.resets is None else _sum_of_later(call.resets.long(), axis=1)
+    return later + call.decay(after, resets) * dfinal.mT.unsqueeze(2)
+
+
+def _sum_of_later(values: Tensor, axis: int) -> Tensor:
+    """Sum of everything after each index of an axis."""
+    shifted = torch.zeros_like(values)
+    shifted.narrow(axis, 0, values.shape[axis] - 1).copy_(values.narrow(axis, 1, values.shape[axis] - 1))
+    return shifted.flip(axis).cumsum(axis).flip(axis)
+
+
+def _backward(inputs: ScanInputs, dy: Tensor, dfinal: Tensor | None, states: Tensor) -> tuple[Tensor | None, ...]:
     call = _Call(inputs)
     sizes = tile_sizes(call.state_size, is_backward=True)
     dy = _rows(dy)
@@ -304,9 +353,7 @@ def backward(inputs: ScanInputs, dy: Tensor, states: Tensor) -> tuple[Tensor | N
     dA = call.empty(routes, state_size, channels)
     dD, dbias = (None if t is None else call.empty(routes, channels) for t in (inputs.D, inputs.dt_bias))
     with call.on_device():
-        later = call.entering_states(dy, dy_stride, call.C, reverse=True)
-        if later is None:
-            later = torch.zeros_like(states)
+        later = _later_states(call, dy, dy_stride, dfinal)
         for first_route, count in launches:
             _kernels()._scan_bwd_kernel[(parts, groups, count)](
                 p_dy=dy,

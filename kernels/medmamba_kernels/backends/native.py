@@ -23,15 +23,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from medmamba_kernels.inputs import ScanInputs
+from medmamba_kernels.inputs import ScanInputs, bad_step_error
+from medmamba_kernels.lowering import Gradients, fold_projection, project_dt
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 BLOCK = 64  # tokens between two saved states, kBlock in kernels.h
 LIBRARY_NAMES = ("_native.so", "_native.dylib", "_native.pyd", "_native.dll")
 BAD_ORDER = 5
 OUT_OF_MEMORY = 6
-
-Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
+BAD_STEP = 8
 
 
 class NativeError(RuntimeError):
@@ -48,20 +48,25 @@ class _Scan(ctypes.Structure):
         ("channels", ctypes.c_int64),
         ("routes", ctypes.c_int64),
         ("states", ctypes.c_int64),
+        ("heads", ctypes.c_int64),
+        ("rank", ctypes.c_int64),
         ("dtype", ctypes.c_int32),
         ("softplus", ctypes.c_int32),
         ("merge", ctypes.c_int32),
         ("threads", ctypes.c_int32),
-        *((name, ctypes.c_void_p) for name in ("x", "dt", "A", "B", "C", "D", "dt_bias", "mask", "order", "starts")),
+        *((name, ctypes.c_void_p) for name in ("x", "dt", "A", "B", "C", "D", "dt_bias", "dt_weight")),
+        *((name, ctypes.c_void_p) for name in ("mask", "order", "starts")),
         ("x_stride", ctypes.c_int64 * 2),
         ("dt_stride", ctypes.c_int64 * 3),
         ("B_stride", ctypes.c_int64 * 3),
         ("C_stride", ctypes.c_int64 * 3),
         ("y", ctypes.c_void_p),
+        ("final_state", ctypes.c_void_p),
         ("checkpoint", ctypes.c_void_p),
         ("dy", ctypes.c_void_p),
         ("dy_stride", ctypes.c_int64 * 3),
-        *((name, ctypes.c_void_p) for name in ("dx", "ddt", "dA", "dB", "dC", "dD", "ddt_bias")),
+        ("dfinal_state", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in ("dx", "ddt", "dA", "dB", "dC", "dD", "ddt_bias", "ddt_weight")),
     )
 
 
@@ -189,22 +194,29 @@ class _Call:
 
     def __init__(self, inputs: ScanInputs) -> None:
         x, dt, A, B, C = inputs.x, inputs.dt, inputs.A, inputs.B, inputs.C
-        D, dt_bias, dt_mask, order, starts = inputs.D, inputs.dt_bias, inputs.dt_mask, inputs.order, inputs.starts
-        if x.dim() != 3 or dt.dim() != 4 or A.dim() != 3:
+        D, dt_bias, dt_weight, dt_mask = inputs.D, inputs.dt_bias, inputs.dt_weight, inputs.dt_mask
+        order, starts = inputs.order, inputs.starts
+        if x.dim() != 3 or dt.dim() != 4 or A.dim() not in (2, 3) or B.dim() != 4:
             raise ValueError(
-                f"x, dt and A have shapes {tuple(x.shape)}, {tuple(dt.shape)} and {tuple(A.shape)}; "
-                "expected (Bt, L, Ch), (Bt, L, K, Ch) and (K, Ch, N)"
+                f"x, dt, A and B have shapes {tuple(x.shape)}, {tuple(dt.shape)}, {tuple(A.shape)} and "
+                f"{tuple(B.shape)}; expected (Bt, L, Ch), (Bt, L, K, Ch), (K, Ch, N) or (K, H), and (Bt, L, K, N)"
             )
         if inputs.merge not in ("sum", "none"):
             raise ValueError(f'merge is {inputs.merge!r}, expected "sum" or "none"')
         self.shape = batch, length, channels, routes, states = inputs.sizes
+        heads = inputs.heads
+        if heads is not None and (heads < 1 or channels % heads):
+            raise ValueError(f"A has {heads} heads, which must divide the {channels} channels of x")
+        steps = heads or channels
+        rank = 0 if dt_weight is None else dt_weight.shape[-1]
         _check_shape("x", x, (batch, length, channels))
-        _check_shape("dt", dt, (batch, length, routes, channels))
-        _check_shape("A", A, (routes, channels, states))
+        _check_shape("dt", dt, (batch, length, routes, steps if dt_weight is None else rank))
+        _check_shape("A", A, (routes, channels, states) if heads is None else (routes, heads))
         _check_shape("B", B, (batch, length, routes, states))
         _check_shape("C", C, (batch, length, routes, states))
         _check_shape("D", D, (routes, channels))
-        _check_shape("dt_bias", dt_bias, (routes, channels))
+        _check_shape("dt_bias", dt_bias, (routes, steps))
+        _check_shape("dt_weight", dt_weight, (routes, steps, rank))
         _check_shape("dt_mask", dt_mask, (batch, length))
         _check_shape("order", order, (routes, length))
         _check_shape("starts", starts, (routes, length))
@@ -213,11 +225,13 @@ class _Call:
         if dt_mask is not None and dt_mask.dtype != torch.bool:
             raise TypeError(f"dt_mask has dtype {dt_mask.dtype}, expected torch.bool")
 
+        self.inputs = inputs
         self.dtype = inputs.compute_dtype
         self._alive: list[Tensor] = []
         self.scan = scan = _Scan()
         scan.struct_size = ctypes.sizeof(_Scan)
         scan.batch, scan.length, scan.channels, scan.routes, scan.states = self.shape
+        scan.heads, scan.rank = heads or 0, rank
         scan.dtype = int(self.dtype == torch.float64)
         scan.softplus = int(inputs.dt_softplus)
         scan.merge = int(inputs.merge == "none")
@@ -226,7 +240,7 @@ class _Call:
             rows = _rows(tensor, self.dtype)
             self.point(name, rows)
             getattr(scan, f"{name}_stride")[:] = rows.stride()[:-1]
-        for name, weights in (("A", A), ("D", D), ("dt_bias", dt_bias)):
+        for name, weights in (("A", A), ("D", D), ("dt_bias", dt_bias), ("dt_weight", dt_weight)):
             self.point(name, None if weights is None else weights.to(self.dtype).contiguous())
         self.point("mask", None if dt_mask is None else dt_mask.contiguous())
         self.point("order", order)
@@ -251,12 +265,20 @@ class _Call:
             return
         message = f"native selective scan, (Bt, L, Ch, K, N) = {self.shape}: "
         message += library.medmamba_status_text(status).decode()
+        if status == BAD_STEP:
+            projected = project_dt(self.inputs)
+            raise bad_step_error(self.inputs, projected.dt, projected.dt_bias)
         if status == BAD_ORDER:
             raise ValueError(message)
         raise MemoryError(message) if status == OUT_OF_MEMORY else NativeError(message)
 
 
-def forward(inputs: ScanInputs, *, save_states: bool = True) -> tuple[Tensor, Tensor]:
+def _lowered(inputs: ScanInputs) -> ScanInputs:
+    """The library projects a low-rank dt in S6; for the few heads of SSD torch does it."""
+    return inputs if inputs.heads is None else project_dt(inputs)
+
+
+def forward(inputs: ScanInputs, *, save_states: bool = True) -> tuple[Tensor, Tensor, Tensor]:
     """Scan every route and merge.
 
     Args:
@@ -266,35 +288,51 @@ def forward(inputs: ScanInputs, *, save_states: bool = True) -> tuple[Tensor, Te
     Returns:
         y: (Bt, L, Ch) for "sum", (Bt, K, L, Ch) for "none", float32 (float64 if x is).
         states: shape ``states_shape(...)``, private to ``backward``; empty without ``save_states``.
+        final: (Bt, K, Ch, N) state after the last step; empty if ``inputs`` does not ask for it.
 
     Raises:
-        ValueError, TypeError: a shape, dtype or device does not fit; an order index is out of range.
+        ValueError, TypeError: a shape, dtype or device does not fit; an order index is out of range; a step size is
+            negative, NaN or infinite.
         NativeError: the library is missing or refuses the call.
     """
-    call = _Call(inputs)
+    call = _Call(_lowered(inputs))
     batch, length, channels, routes, n_states = call.shape
     y = call.empty("y", *inputs.output_shape())
-    shape = states_shape(batch, length, routes, channels, n_states, "cpu") if save_states else (0,)
-    # Zeros, not empty: the library pads channels to whole vectors and never writes the padding.
-    states = torch.zeros(shape, dtype=call.dtype)
-    if states.numel():
-        call.point("checkpoint", states)
+    final = call.empty("final_state", *inputs.final_shape()) if inputs.final_state else torch.empty(0, dtype=call.dtype)
+    states = torch.empty(0, dtype=call.dtype)
+    if save_states:
+        shape = states_shape(batch, length, routes, channels, n_states, "cpu")
+        states = call.empty("checkpoint", *shape)
+        # The library pads channels to its own vectors and leaves the rest unwritten.
+        written = batch * routes * shape[2] * n_states * _padded_channels(channels, call.dtype)
+        states.view(-1)[written:] = 0
     call.run("medmamba_scan_forward")
-    return y, states
+    return y, states, final
 
 
-def backward(inputs: ScanInputs, dy: Tensor, states: Tensor) -> Gradients:
-    """Gradients of ``forward`` for the same inputs; ``dy`` has the shape of y and any strides.
+def _padded_channels(channels: int, dtype: torch.dtype) -> int:
+    lanes = {"avx512": 64, "avx2": 32, "baseline": 16}[isa()] // dtype.itemsize
+    return -(-channels // lanes) * lanes
+
+
+def backward(inputs: ScanInputs, dy: Tensor, dfinal: Tensor | None, states: Tensor) -> Gradients:
+    """Gradients of ``forward`` for the same inputs.
+
+    Args:
+        inputs: the scan.
+        dy: shape of y, any strides.
+        dfinal: gradient of the final state (Bt, K, Ch, N), or None.
+        states: from ``forward``.
 
     Returns:
-        dx, ddt, dA, dB, dC, dD, ddt_bias in the shapes of the inputs, contiguous, in the compute dtype. dD and
-        ddt_bias are None when the input is None.
+        Gradients of ``inputs.differentiable`` in their shapes, in the compute dtype; None where the input is None.
 
     Raises:
         ValueError: as ``forward``; also states that ``forward`` did not make for these sizes.
         NativeError: the library is missing or refuses the call.
     """
-    call = _Call(inputs)
+    lowered = _lowered(inputs)
+    call = _Call(lowered)
     batch, length, channels, routes, n_states = call.shape
     _check_shape("dy", dy, inputs.output_shape())
     shape = states_shape(batch, length, routes, channels, n_states, "cpu")
@@ -307,14 +345,21 @@ def backward(inputs: ScanInputs, dy: Tensor, states: Tensor) -> Gradients:
     dy = _rows(dy, call.dtype)
     call.point("dy", dy)
     call.scan.dy_stride[:] = (dy.stride(0), 0, dy.stride(1)) if inputs.merge == "sum" else dy.stride()[:-1]
+    if dfinal is not None:
+        _check_shape("dfinal", dfinal, (batch, routes, channels, n_states))
+        call.point("dfinal_state", dfinal.to(call.dtype).contiguous())
     gradients = (
         call.empty("dx", batch, length, channels),
-        call.empty("ddt", batch, length, routes, channels),
-        call.empty("dA", routes, channels, n_states),
+        call.empty("ddt", *lowered.dt.shape),
+        call.empty("dA", *lowered.A.shape),
         call.empty("dB", batch, length, routes, n_states),
         call.empty("dC", batch, length, routes, n_states),
         None if inputs.D is None else call.empty("dD", routes, channels),
-        None if inputs.dt_bias is None else call.empty("ddt_bias", routes, channels),
+        None if inputs.dt_bias is None else call.empty("ddt_bias", *inputs.dt_bias.shape),
+        None if lowered.dt_weight is None else call.empty("ddt_weight", *lowered.dt_weight.shape),
     )
     call.run("medmamba_scan_backward")
-    return gradients
+    if lowered is inputs:
+        return gradients
+    dx, ddt, *others = gradients[:-1]
+    return dx, *fold_projection(inputs, ddt, others)
