@@ -8,13 +8,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from medmamba.mixers.scan import ScanCore
+from medmamba.mixers import placed_scans
 from medmamba.networks import NETWORKS, create_network
+from medmamba.networks.spec import USUAL_PATCH, USUAL_STRIDES
 from medmamba_kernels.routes import ROUTE_SETS
 
-#: nnU-Net's usual plan of an isotropic volume: patch 128 cubed, six stages.
-PATCH = (128, 128, 128)
-STRIDES = ((1, 1, 1), *((2, 2, 2),) * 5)
 #: Largest scan that is timed, in tokens x channels x routes: a quarter of a minute for the slowest backend.
 MOST_ELEMENTS = 2**26
 
@@ -48,25 +46,16 @@ class Case:
 
 
 def network_cases(name: str) -> Iterator[Case]:
-    """The scans of one network at ``STRIDES`` and ``PATCH``, from a run without data on the meta device."""
-    seen: list[Case] = []
-
-    def record(core: torch.nn.Module, arguments: tuple) -> None:  # type: ignore[type-arg]
-        assert isinstance(core, ScanCore)
-        u, grid = arguments
-        routes = tuple(str(route) for route in core.routes)
-        set_name = next(key for key, value in ROUTE_SETS.items() if value == routes)
-        label = f"{name} {'x'.join(map(str, grid))}"
-        seen.append(Case(label, grid, u.shape[-1], core.d_state, set_name))
-
+    """The scans of one network at nnU-Net's usual plan, from a run without data on the meta device."""
     with torch.device("meta"):
-        network = create_network(name, 1, 2, strides=STRIDES)
-        for module in network.modules():
-            if isinstance(module, ScanCore):
-                module.register_forward_pre_hook(record)
-        with torch.no_grad():
-            network.eval()(torch.empty(1, 1, *PATCH))
-    yield from dict.fromkeys(seen)
+        network = create_network(name, 1, 2, strides=USUAL_STRIDES)
+    cases = []
+    for scan in placed_scans(network, 1, USUAL_PATCH):
+        routes = tuple(str(route) for route in scan.core.routes)
+        set_name = next(key for key, value in ROUTE_SETS.items() if value == routes)
+        label = f"{name} {'x'.join(map(str, scan.grid))}"
+        cases.append(Case(label, scan.grid, scan.core.D.shape[-1], scan.core.d_state, set_name))
+    yield from dict.fromkeys(cases)
 
 
 def all_cases() -> list[Case]:

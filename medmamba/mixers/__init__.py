@@ -9,6 +9,7 @@ from __future__ import annotations
 from torch import nn
 
 from .identity import IdentityCore
+from .placed import PlacedScan, initialise_step_sizes, placed_scans
 from .scan import ScanCore
 
 CORES: dict[str, type[nn.Module]] = {"identity": IdentityCore, "scan": ScanCore}
@@ -23,3 +24,6 @@ def get_core(name: str) -> type[nn.Module]:
     if name not in CORES:
         raise KeyError(f"no ssm_mode {name!r}; known: {', '.join(sorted(CORES))}")
     return CORES[name]
+
+
+__all__ = ["CORES", "IdentityCore", "PlacedScan", "ScanCore", "get_core", "initialise_step_sizes", "placed_scans"]

@@ -10,7 +10,15 @@ from torch import Tensor, nn
 class IdentityCore(nn.Module):
     """Returns its input. Takes the arguments of :class:`medmamba.mixers.scan.ScanCore` and ignores them."""
 
-    def __init__(self, width: int, *, d_state: int, dt_rank: int, routes: str | Sequence[str]):
+    def __init__(
+        self,
+        width: int,
+        *,
+        d_state: int,
+        dt_rank: int,
+        routes: str | Sequence[str],
+        dt_range: Sequence[float] | Sequence[Sequence[float]] | None = None,
+    ):
         super().__init__()
 
     def forward(self, u: Tensor, grid: tuple[int, int, int]) -> Tensor:

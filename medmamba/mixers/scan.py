@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,9 +13,10 @@ from torch import Tensor, nn
 from medmamba.layers.parameters import exempt_from_decay
 from medmamba_kernels import resolve_routes, selective_scan
 
-# Step sizes at initialisation: log-uniform in this range, not below the floor (Gu & Dao 2023, section 3.6).
-_DT_RANGE = (1e-3, 1e-1)
-_DT_FLOOR = 1e-4
+from .timescale import DEFAULT_DT_RANGE
+
+#: Step sizes at initialisation: one (low, high) for all routes, one per route, or None for Mamba's.
+DtRange = Sequence[float] | Sequence[Sequence[float]] | None
 
 
 class ScanCore(nn.Module):
@@ -27,21 +29,35 @@ class ScanCore(nn.Module):
 
     Parameters: ``x_proj`` (K, R + 2N, E) = P, ``dt_proj`` (K, E, R) = Q, ``dt_bias`` (K, E), ``A_log`` (K, E, N),
     ``D`` (K, E). Initialised as in Mamba and VMamba: A = -1 ... -N, D = 1, Q uniform
-    within R^-1/2, the bias so that softplus(bias) is log-uniform in [1e-3, 1e-1].
+    within R^-1/2, the bias so that softplus(bias) is log-uniform in ``dt_range``.
 
     Args:
         width: E, channels of the tokens.
         d_state: N, states per channel.
         routes: name of a route set, or a list of routes.
         dt_rank: R, rank of the step size projection (the published blocks take ceil(block width / 16)).
+        dt_range: step sizes at initialisation, ``(low, high)`` or one such pair per route (JSON-able; see
+            :func:`medmamba.mixers.timescale.route_dt_range`). Default: Mamba's (1e-3, 1e-1).
+
+    Raises:
+        ValueError: an unknown route, or a ``dt_range`` that is not positive and rising, or of another number of routes.
 
     Source: Gu & Dao, 2023, arXiv:2312.00752; Liu et al., "VMamba", 2024, arXiv:2401.10166.
     """
 
-    def __init__(self, width: int, *, d_state: int, dt_rank: int, routes: str | Sequence[str]):
+    def __init__(
+        self,
+        width: int,
+        *,
+        d_state: int,
+        dt_rank: int,
+        routes: str | Sequence[str],
+        dt_range: DtRange = None,
+    ):
         super().__init__()
         self.routes = resolve_routes(routes)
         count = len(self.routes)
+        self.dt_ranges = _per_route(dt_range, count)
         self.dt_rank = dt_rank
         self.d_state = d_state
         self.x_proj = nn.Parameter(torch.empty(count, self.dt_rank + 2 * d_state, width))
@@ -57,10 +73,36 @@ class ScanCore(nn.Module):
         bound = 1.0 / math.sqrt(self.x_proj.shape[-1])  # torch's default for a Linear layer of this input width
         self.x_proj.uniform_(-bound, bound)
         self.dt_proj.uniform_(-(self.dt_rank**-0.5), self.dt_rank**-0.5)
-        low, high = (math.log(value) for value in _DT_RANGE)
-        dt = torch.exp(torch.rand_like(self.dt_bias) * (high - low) + low).clamp_min(_DT_FLOOR)
-        self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # inverse of softplus
+        self._draw_step_sizes(None)
         self.A_log.copy_(torch.log(torch.arange(1, self.d_state + 1).float()).expand_as(self.A_log))
+
+    def reset_step_sizes(self, dt_range: DtRange, *, generator: torch.Generator | None = None) -> None:
+        """Draw ``dt_bias`` anew, from another range; everything else stays.
+
+        Args:
+            dt_range: as the constructor's.
+            generator: of the random numbers, on the device of the parameters; default: torch's own.
+
+        Raises:
+            ValueError: as the constructor.
+        """
+        self.dt_ranges = _per_route(dt_range, len(self.routes))
+        self._draw_step_sizes(generator)
+
+    @torch.no_grad()
+    def _draw_step_sizes(self, generator: torch.Generator | None) -> None:
+        # Logarithms in double precision, as before there were ranges per route: the same seed gives the same bits.
+        lows = [math.log(low) for low, _ in self.dt_ranges]
+        spans = [math.log(high) - low for (_, high), low in zip(self.dt_ranges, lows, strict=True)]
+        uniform = torch.empty_like(self.dt_bias).uniform_(generator=generator)
+        low, span = (uniform.new_tensor(values).unsqueeze(-1) for values in (lows, spans))
+        dt = torch.exp(uniform * span + low)
+        self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # inverse of softplus
+
+    def step_sizes(self, u: Tensor) -> Tensor:
+        """What the scan multiplies A with, for tokens (B, L, E) in raster order: dt (B, L, K, E), positive."""
+        r = torch.einsum("ble,kre->blkr", u, self.x_proj[:, : self.dt_rank])
+        return F.softplus(torch.einsum("blkr,ker->blke", r, self.dt_proj) + self.dt_bias)
 
     def forward(self, u: Tensor, grid: tuple[int, int, int]) -> Tensor:
         """(B, L, E) tokens in the raster order of ``grid`` -> (B, L, E)."""
@@ -84,3 +126,15 @@ class ScanCore(nn.Module):
     def extra_repr(self) -> str:
         routes = " ".join(str(route) for route in self.routes)
         return f"width={self.D.shape[-1]}, d_state={self.d_state}, dt_rank={self.dt_rank}, routes={routes}"
+
+
+def _per_route(dt_range: DtRange, count: int) -> list[tuple[float, float]]:
+    """One (low, high) per route."""
+    chosen: Sequence[Any] = DEFAULT_DT_RANGE if dt_range is None else dt_range
+    pairs = list(chosen) if chosen and isinstance(chosen[0], Sequence) else [chosen] * count
+    if len(pairs) != count:
+        raise ValueError(f"dt_range must be (low, high) or one such pair for each of the {count} routes, got {chosen}")
+    for pair in pairs:
+        if not (len(pair) == 2 and 0 < pair[0] <= pair[1] < math.inf):
+            raise ValueError(f"dt_range must hold pairs 0 < low <= high, got {pair}")
+    return [(float(low), float(high)) for low, high in pairs]

@@ -6,6 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+#: nnU-Net's usual plan of an isotropic volume, for counts and times: patch 128 cubed, six stages.
+USUAL_PATCH = (128, 128, 128)
+USUAL_STRIDES = ((1, 1, 1), *((2, 2, 2),) * 5)
+
 
 @dataclass(frozen=True)
 class Paper:

@@ -14,8 +14,9 @@ On a depth-1 volume (or an image) the faithful geometry equals the released 2D o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -30,7 +31,7 @@ from medmamba.layers import (
     conv_transpose,
     drop_path_rates,
 )
-from medmamba.mixers import get_core
+from medmamba.mixers import get_core, initialise_step_sizes
 
 from .spec import NetworkSpec, Paper
 from .unet import AddSkip, Decoder, Encoder, UNet, check_divisible, total_strides
@@ -102,6 +103,7 @@ def vmunet(
     expand: float = 2.0,
     first_scan_stage: int | None = None,
     drop_path_rate: float = 0.2,
+    dt_init: Sequence[float] | Mapping[str, Any] | None = None,
     auxiliary_heads: bool = True,
     deep_supervision: bool = False,
 ) -> nn.Module:
@@ -126,6 +128,9 @@ def vmunet(
         first_scan_stage: native only; first stage with VSS blocks. Default: the first with at most one token per 4^n
             voxels (stride 4 if isotropic), at the latest the deepest stage.
         drop_path_rate: stochastic depth, rising to this over the encoder and falling to 0 over the decoder.
+        dt_init: step sizes of the scans at initialisation: None for Mamba's range, ``(low, high)``, or a mapping with
+            ``patch_size`` and ``spacing`` for a range per route (see :mod:`medmamba.mixers.timescale`). Initial
+            values are all it changes: any patch runs, and weights load as ever.
         auxiliary_heads: faithful only; heads for deep supervision. False builds the published network, which has none
             (then ``deep_supervision`` gives a list with the final logits only).
         deep_supervision: return logits of ``len(strides) - 1`` levels, finest first, instead of one tensor.
@@ -182,6 +187,7 @@ def vmunet(
             deep_supervision=deep_supervision,
         )
     network.apply(_initialise_linear)
+    initialise_step_sizes(network, dt_init, input_channels=input_channels)
     return network
 
 
