@@ -22,6 +22,13 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ssm-mode", help="scan (default), or a control such as identity")
     parser.add_argument("--routes", nargs="+", metavar="ROUTE", help="a route set, or routes, in place of the default")
     parser.add_argument(
+        "--dt-init",
+        choices=["default", "route"],
+        metavar="RULE",
+        default="default",
+        help="step sizes of the scans at initialisation: default (Mamba's) or route (from its length and spacing)",
+    )
+    parser.add_argument(
         "-c",
         dest="configurations",
         nargs="+",
@@ -99,6 +106,7 @@ def _request(arguments: argparse.Namespace) -> Request:
         network=arguments.network,
         preset=arguments.preset,
         options={name: value for name, value in options.items() if value is not None},
+        dt_init=arguments.dt_init,
         batch_size=arguments.batch_size,
         patch_size=arguments.patch_size,
         schedule=Schedule.create(

@@ -20,6 +20,9 @@ from medmamba.nnunet.errors import UserFacingError
 from medmamba.nnunet.names import plans_name
 from medmamba.nnunet.schedule import Schedule
 
+#: How the step sizes of the scans start: in Mamba's range, or in one per route (``route_dt_range``).
+DT_INITS = ("default", "route")
+
 
 class PlanError(UserFacingError, ValueError):
     """Plans cannot be derived as asked; the text says why and what to do."""
@@ -37,6 +40,7 @@ class Request:
             configurations with as many axes, or None. schedule: how long and with what to train.
             configurations: those to plan, or None for all; what they inherit from and follow comes along.
             name: plans identifier, or None for the house style.
+        dt_init: one of ``DT_INITS``.
     """
 
     network: str
@@ -47,6 +51,7 @@ class Request:
     schedule: Schedule = field(default_factory=Schedule)
     configurations: Sequence[str] | None = None
     name: str | None = None
+    dt_init: str = "default"
 
     def __post_init__(self) -> None:
         try:
@@ -56,6 +61,8 @@ class Request:
         if self.preset is not None and self.preset not in presets:
             known = ", ".join(presets) or "none"
             raise PlanError(f"network {self.network} has no preset {self.preset!r}; known: {known}")
+        if self.dt_init not in DT_INITS:
+            raise PlanError(f"unknown dt_init {self.dt_init!r}; known: {', '.join(DT_INITS)}")
         if self.batch_size is not None and self.batch_size < 1:
             raise PlanError(f"batch size {self.batch_size} is not possible; use 1 or more (2 or more with few cases)")
         if self.name is None and not isinstance(self.options.get("routes", ""), str):
@@ -72,6 +79,8 @@ class Request:
             return self.name
         usual = {"geometry": "native", "ssm_mode": "scan", "routes": None}
         chosen = [self.preset, *(self.options.get(name, default) for name, default in usual.items())]
+        if self.dt_init != "default":
+            chosen.append(f"dt_{self.dt_init}")
         return plans_name(self.network, *(name for name in chosen if name not in (None, *usual.values())))
 
     @property
@@ -117,6 +126,7 @@ def derive_plans(stock: Mapping[str, Any], request: Request) -> dict[str, Any]:
         "network": request.network,
         "preset": request.preset,
         "options": dict(request.options),
+        "dt_init": request.dt_init,
         "schedule": request.schedule.to_dict(),
         "derived_from": stock["plans_name"],
         "version": version("medmamba"),
@@ -175,11 +185,21 @@ def _derive_configuration(configuration: dict[str, Any], request: Request) -> No
         raise PlanError(
             f"the plans to start from were made for the network {named}; start from nnU-Net's own (--from nnUNetPlans)"
         )
-    block = architecture_block(request.network, configuration["architecture"], request.network_options)
+    options = {**request.network_options, **_dt_options(configuration, request)}
+    block = architecture_block(request.network, configuration["architecture"], options)
     if "patch_size" in configuration:
         check_patch(configuration["patch_size"], block["arch_kwargs"]["strides"])
     _build_once(block)
     configuration["architecture"] = block
+
+
+def _dt_options(configuration: Mapping[str, Any], request: Request) -> dict[str, Any]:
+    """What the network derives its step sizes per route from: the patch and spacing of this configuration."""
+    if request.dt_init == "default":
+        return {}
+    if not {"patch_size", "spacing"} <= set(configuration):
+        raise PlanError("dt_init route needs a configuration with a patch size and spacing of its own")
+    return {"dt_init": {"patch_size": configuration["patch_size"], "spacing": configuration["spacing"]}}
 
 
 def _build_once(block: Mapping[str, Any]) -> None:

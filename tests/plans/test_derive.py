@@ -61,12 +61,26 @@ def test_nnunet_builds_every_configuration_from_the_written_file(file, load_plan
         (Request("vmunet", options={"geometry": "faithful"}), "nnUNetMedMambaVMUNetFaithfulPlans"),
         (Request("vmunet", options={"ssm_mode": "identity"}), "nnUNetMedMambaVMUNetIdentityPlans"),
         (Request("vmunet", options={"routes": "raster12"}), "nnUNetMedMambaVMUNetRaster12Plans"),
+        (Request("vmunet", preset="small", dt_init="route"), "nnUNetMedMambaVMUNetSmallDtRoutePlans"),
         (Request("vmunet", preset="small", name="Mine"), "Mine"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_every_experiment_has_a_name_of_its_own(request_, expected):
     assert request_.plans_name == expected
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_step_sizes_per_route_follow_patch_and_spacing_of_each_configuration(file, load_plans):
+    plans = json.loads(json.dumps(derive_plans(load_plans(file), Request("vmunet", options=SMALL, dt_init="route"))))
+    for configuration in plans["configurations"].values():
+        if "architecture" in configuration:
+            assert configuration["architecture"]["arch_kwargs"]["dt_init"] == {
+                "patch_size": configuration["patch_size"],
+                "spacing": configuration["spacing"],
+            }
+    default = derive_plans(load_plans(file), Request("vmunet", options=SMALL))
+    assert "dt_init" not in json.dumps(default["configurations"])
 
 
 def test_options_win_over_the_preset(load_plans):
@@ -118,6 +132,7 @@ def test_chosen_configurations_bring_what_they_need_and_leave_nothing_dangling(w
     ("arguments", "message"),
     [
         ({"network": "vmnet"}, r"no network 'vmnet'; known: .*vmunet"),
+        ({"dt_init": "long"}, "unknown dt_init 'long'; known: default, route"),
         ({"preset": "XXL"}, "network vmunet has no preset 'XXL'; known: .*small"),
         ({"options": {"geometry": "round"}}, "'round'; known: native, faithful"),
         ({"options": {"ssm_mode": "magic"}}, "'magic'; known: .*identity, .*scan"),

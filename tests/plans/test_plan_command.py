@@ -56,6 +56,15 @@ def test_plans_are_written_beside_the_stock_ones(dataset, capsys):
     assert "medmamba train 901 3d_fullres 0 -p nnUNetMedMambaVMUNetSmallPlans" in out
 
 
+def test_step_sizes_per_route_make_plans_of_their_own(dataset):
+    assert main(["plan", "-d", "901", *SMALL, "--dt-init", "route"]) == 0
+    plans = json.loads((dataset / "nnUNetMedMambaVMUNetSmallDtRoutePlans.json").read_text())
+    configuration = plans["configurations"]["3d_fullres"]
+    expected = {key: configuration[key] for key in ("patch_size", "spacing")}
+    assert configuration["architecture"]["arch_kwargs"]["dt_init"] == expected
+    assert not (dataset / "nnUNetMedMambaVMUNetSmallPlans.json").exists()
+
+
 def test_planning_again_replaces_and_says_so(dataset, capsys):
     for word, batch in (("wrote", 2), ("replaced", 3)):
         assert main(["plan", "-d", "901", *SMALL, "--batch-size", str(batch)]) == 0
