@@ -63,6 +63,10 @@ ROOMS: dict[str, Room] = {
         lazy=frozenset({"monai", "nnunetv2", "tqdm"}),
     ),
     "medmamba.bench": Room(LOWER, TORCH),
+    "medmamba.diagnostics": Room(("medmamba_kernels", *NETWORK_ROOMS), TORCH),
+    "medmamba.info": Room(
+        (*LOWER, "medmamba.diagnostics", "medmamba.nnunet"), TORCH, lazy=frozenset({"matplotlib", "nnunetv2", "numpy"})
+    ),
     "medmamba.command": Room(),
     "medmamba.cli": Room(("medmamba.command",)),
     "medmamba": Room(("medmamba.networks",)),

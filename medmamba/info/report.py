@@ -1,0 +1,133 @@
+"""The numbers of ``medmamba info`` and their lines of text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from medmamba.diagnostics import StepSizes, influence, measure_step_sizes, memory_tokens, step_sizes
+from medmamba.info.subject import Subject
+from medmamba.mixers import PlacedScan, ScanCore, placed_scans
+from medmamba.mixers.timescale import RouteLengths, route_lengths
+from medmamba_kernels import ROUTE_SETS
+
+#: Quantiles of the e-folding memory over the state-channels that a line shows; the last is the slowest.
+MEMORY_QUANTILES = (0.1, 0.5, 0.9, 1.0)
+
+
+@dataclass(frozen=True)
+class ScanInfo:
+    """One scan at the patch of the plan.
+
+    Attributes:
+        placed: the scan with its name and grid.
+        decay: its step sizes and A.
+        lengths: of every route, in tokens.
+    """
+
+    placed: PlacedScan
+    decay: StepSizes
+    lengths: tuple[RouteLengths, ...]
+
+    @property
+    def routes(self) -> tuple[str, ...]:
+        return tuple(str(route) for route in self.placed.core.routes)
+
+
+def scans_of(subject: Subject, *, measure: bool = False) -> list[ScanInfo]:
+    """The scans of a network in the order in which they run; with ``measure``, step sizes on standard normal noise."""
+    network = subject.network
+    if measure:
+        noise = torch.randn(1, subject.input_channels, *subject.patch_size, generator=torch.Generator().manual_seed(0))
+        decays = measure_step_sizes(network, noise)
+    else:
+        decays = step_sizes(network.state_dict())
+    return [
+        ScanInfo(scan, decays[scan.name], tuple(route_lengths(route, scan.grid) for route in scan.core.routes))
+        for scan in placed_scans(network, subject.input_channels, subject.patch_size)
+    ]
+
+
+def heading(subject: Subject, scans: Sequence[ScanInfo]) -> str:
+    """What was looked at, and parameters: all, and those of the scans."""
+    total = sum(parameter.numel() for parameter in subject.network.parameters())
+    cores = [module for module in subject.network.modules() if isinstance(module, ScanCore)]
+    scanned = sum(parameter.numel() for core in cores for parameter in core.parameters())
+    spacing = "" if subject.spacing is None else f" at {_times(f'{mm:.3g}' for mm in subject.spacing)} mm"
+    return (
+        f"{subject.name}, {subject.input_channels} in, {subject.num_classes} out, "
+        f"patch {_times(subject.patch_size)}{spacing}, weights: {subject.weights}\n"
+        f"parameters: {total / 1e6:.3f} M, of these {scanned / 1e6:.3f} M ({scanned / total:.1%}) in {len(cores)} scans"
+    )
+
+
+def table(scans: Sequence[ScanInfo], *, by_route: bool = False) -> Iterator[str]:
+    """One line per scan, or per route of every scan.
+
+    ``memory``: e-folding memory in tokens over the state-channels, at 10 %, 50 %, 90 % and the slowest. ``left after``:
+    mean share of a token's contribution one line, one plane and one volume further along its route; where the state
+    is cleared just there, at the last token before.
+    """
+    width = max(len(scan.placed.name) for scan in scans)
+    head = f"{'scan':<{width}}  {'grid':<11} {'tokens':>7} {'chan':>5} {'N':>3}  {'routes':<20}"
+    yield f"{head}  {'memory 10/50/90/100 %':<22}  {'line/plane/volume':<19}  left after them"
+    for scan in scans:
+        core = scan.placed.core
+        chosen = [[k] for k in range(len(scan.routes))] if by_route else [list(range(len(scan.routes)))]
+        for routes in chosen:
+            memory = memory_tokens(scan.decay.dt[routes], scan.decay.A[routes]).flatten()
+            quantiles = memory.quantile(torch.tensor(MEMORY_QUANTILES, dtype=memory.dtype)).tolist()
+            names = scan.routes[routes[0]] if by_route else _route_names(scan)
+            yield (
+                f"{scan.placed.name:<{width}}  {_times(scan.placed.grid):<11} {scan.lengths[0].volume:>7} "
+                f"{core.D.shape[-1]:>5} {core.d_state:>3}  {names:<20}  {_slashes(map(_tokens, quantiles)):<22}  "
+                f"{_lengths(scan, routes):<19}  {_slashes(map(_percent, _left(scan, routes)))}"
+            )
+
+
+def _left(scan: ScanInfo, routes: Sequence[int]) -> list[float]:
+    """Mean surviving share over routes and state-channels after a line, a plane and the volume of each route."""
+    shares = []
+    for k in routes:
+        lengths = scan.lengths[k]
+        far = influence(
+            scan.decay.dt[k : k + 1],
+            scan.decay.A[k : k + 1],
+            [n - (n == lengths.segment) for n in (lengths.line, lengths.plane, lengths.volume)],
+            routes=[scan.placed.core.routes[k]],
+            grid=scan.placed.grid,
+        )
+        shares.append(far.mean[0])
+    return torch.stack(shares).mean(0).tolist()
+
+
+def _lengths(scan: ScanInfo, routes: Sequence[int]) -> str:
+    def spread(values: set[int]) -> str:
+        return str(min(values)) if len(values) == 1 else f"{min(values)}-{max(values)}"
+
+    lengths = [scan.lengths[k] for k in routes]
+    return _slashes(spread({getattr(each, what) for each in lengths}) for what in ("line", "plane", "volume"))
+
+
+def _route_names(scan: ScanInfo) -> str:
+    named = [name for name, routes in ROUTE_SETS.items() if routes == scan.routes]
+    return named[0] if named else f"{len(scan.routes)}: {scan.routes[0]} ..."
+
+
+def _times(values: Iterable[object]) -> str:
+    return "x".join(map(str, values))
+
+
+def _slashes(values: Iterable[object]) -> str:
+    return "/".join(map(str, values))
+
+
+def _tokens(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _percent(share: float) -> str:
+    """0 only where nothing can be left: the state was cleared."""
+    return "0%" if share == 0 else "<0.01%" if share < 1e-4 else f"{100 * share:.2g}%"
