@@ -72,6 +72,8 @@ def find_subject(wish: Wish) -> Subject:
         CommandError: files that are missing or not what they should be, plans of another network, weights that do not
             fit; the text says what to do.
     """
+    if wish.checkpoint is not None and wish.dt_init is not None:
+        raise CommandError("--dt-init is about initial weights and a checkpoint brings its own; leave one of them out")
     checkpoint = None if wish.checkpoint is None else _read_checkpoint(wish.checkpoint)
     plans, dataset, default = _plans_of(wish, checkpoint)
     configuration = _configuration(plans, wish.configuration or default)

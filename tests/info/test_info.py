@@ -179,6 +179,7 @@ def test_no_code_in_a_checkpoint_is_run(plans, tmp_path, capsys):
         (["vmunet", "--num-classes", "0"], "must be 1 or more"),
         (["vmunet", "--checkpoint", "nowhere.pth"], "nowhere.pth is missing"),
         (["vmunet", "--checkpoint", PLANS / "README.md"], "cannot be read as weights"),
+        (["vmunet", "--checkpoint", "nowhere.pth", "--dt-init", "route"], "leave one of them out"),
         (["vmunet", "--horizon", "/nowhere/h.png"], "is not a folder"),
         (["vmunet", "--horizon", "h.word"], "use a name that ends in .png"),
     ],
