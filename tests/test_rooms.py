@@ -252,7 +252,7 @@ class Registry:
 REGISTRIES = [
     Registry("medmamba_kernels.curves:CURVES", "kernels/medmamba_kernels/curves", frozenset()),
     Registry("medmamba_kernels.backends:BACKENDS", "kernels/medmamba_kernels/backends", frozenset()),
-    Registry("medmamba.networks:NETWORKS", "medmamba/networks", frozenset({"spec", "unet"})),
+    Registry("medmamba.networks:NETWORKS", "medmamba/networks", frozenset({"arguments", "native", "spec", "unet"})),
 ]
 
 

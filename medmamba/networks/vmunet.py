@@ -22,22 +22,28 @@ from torch import Tensor, nn
 
 from medmamba.layers import (
     ChannelsLast,
-    ConvBlock,
     DropPath,
     PatchEmbed,
     PatchExpand,
     PatchMerge,
     conv,
-    conv_transpose,
     drop_path_rates,
 )
 from medmamba.mixers import get_core, initialise_step_sizes
 
+from .arguments import (
+    MAX_FEATURES,
+    initialise_linear,
+    kernels_of_stages,
+    per_stage,
+    resolve_first_scan,
+    widths_of_stages,
+)
+from .native import native_unet
 from .spec import NetworkSpec, Paper
-from .unet import AddSkip, Decoder, Encoder, UNet, check_divisible, total_strides
+from .unet import check_divisible, total_strides
 
 GEOMETRIES = ("native", "faithful")
-_MAX_FEATURES = {2: 512, 3: 320}  # nnU-Net's caps
 _HEAD_FEATURES_PER_WIDTH = 4  # the published final expansion maps 96 channels to 24
 
 
@@ -147,21 +153,20 @@ def vmunet(
     ndim = len(total_strides(strides)[0])
     core = partial(get_core(ssm_mode), d_state=d_state, routes=routes or {2: "raster4", 3: "raster6"}[ndim])
     block = partial(VSSBlock, ss2d=partial(SS2D, core=core, expand=expand))
-    kernels = [tuple(k) for k in kernel_sizes or [[3] * ndim] * len(strides)]
-    _require_length("kernel_sizes", kernels, len(strides))
+    kernels = kernels_of_stages(kernel_sizes, strides)
     if geometry == "faithful":
         if first_scan_stage is not None:
             raise ValueError("first_scan_stage has no meaning in the faithful geometry: every stage scans")
         stages = len(strides) - 1
-        widths = _widths(features_per_stage, base_features or 96, stages, cap=None)
+        widths = widths_of_stages(features_per_stage, base_features or 96, stages, cap=None)
         network: nn.Module = FaithfulVMUNet(
             input_channels,
             num_classes,
             strides=strides,
             kernels=kernels[1:],
             widths=widths,
-            depths=_per_stage("depths", depths, stages),
-            decoder_depths=_per_stage(
+            depths=per_stage("depths", depths, stages),
+            decoder_depths=per_stage(
                 "decoder_depths",
                 decoder_depths if decoder_depths is not None else [1] + [2] * (stages - 1),
                 stages,
@@ -173,73 +178,22 @@ def vmunet(
         )
     else:
         stages = len(strides)
-        network = _native(
+        network = native_unet(
             input_channels,
             num_classes,
             strides=strides,
             kernels=kernels,
-            widths=_widths(features_per_stage, base_features or 32, stages, cap=_MAX_FEATURES[ndim]),
-            depths=_per_stage("depths", depths, stages),
-            decoder_depths=_per_stage("decoder_depths", 2 if decoder_depths is None else decoder_depths, stages - 1),
+            widths=widths_of_stages(features_per_stage, base_features or 32, stages, cap=MAX_FEATURES[ndim]),
+            depths=per_stage("depths", depths, stages),
+            decoder_depths=per_stage("decoder_depths", 2 if decoder_depths is None else decoder_depths, stages - 1),
             block=block,
-            first_scan=_first_scan_stage(strides, first_scan_stage),
+            first_scan=resolve_first_scan(strides, first_scan_stage),
             drop_path_rate=drop_path_rate,
             deep_supervision=deep_supervision,
         )
-    network.apply(_initialise_linear)
+    network.apply(initialise_linear)
     initialise_step_sizes(network, dt_init, input_channels=input_channels)
     return network
-
-
-def _native(
-    input_channels: int,
-    num_classes: int,
-    *,
-    strides: Sequence[Sequence[int]],
-    kernels: Sequence[Sequence[int]],
-    widths: Sequence[int],
-    depths: Sequence[int],
-    decoder_depths: Sequence[int],
-    block: Callable[..., nn.Module],
-    first_scan: int,
-    drop_path_rate: float,
-    deep_supervision: bool,
-) -> UNet:
-    ndim, levels = len(strides[0]), len(strides) - 1
-    scan_depths = [depth if i >= first_scan else 0 for i, depth in enumerate(depths)]
-    scan_decoder_depths = [depth if i >= first_scan else 0 for i, depth in enumerate(decoder_depths)]
-    rates = drop_path_rates(scan_depths, drop_path_rate)
-    # The decoder runs from the deepest level to the finest: rates fall towards the output.
-    decoder_rates = [sorted(r, reverse=True) for r in drop_path_rates(scan_decoder_depths, drop_path_rate)]
-
-    def stage(i: int, depth: int, drop_paths: Sequence[float]) -> nn.Module:
-        if i < first_scan:
-            return nn.Sequential(*(ConvBlock(widths[i], widths[i], kernels[i]) for _ in range(depth)))
-        return ChannelsLast(*(block(widths[i], kernel_size=kernels[i], drop_path=rate) for rate in drop_paths))
-
-    def down(i: int) -> nn.Module:
-        if i < first_scan:
-            return ConvBlock(widths[i - 1], widths[i], kernels[i], stride=strides[i])
-        return ChannelsLast(PatchMerge(widths[i - 1], widths[i], strides[i]))
-
-    def up(i: int) -> nn.Module:
-        if i < first_scan:
-            return conv_transpose(widths[i + 1], widths[i], strides[i + 1])
-        return ChannelsLast(PatchExpand(widths[i + 1], widths[i], strides[i + 1]))
-
-    encoder = Encoder(
-        stem=ConvBlock(input_channels, widths[0], kernels[0]),
-        stages=[stage(i, depths[i], rates[i]) for i in range(levels + 1)],
-        downs=[down(i) for i in range(1, levels + 1)],
-    )
-    decoder = Decoder(
-        ups=[up(i) for i in range(levels)],
-        fuses=[AddSkip() for _ in range(levels)],
-        stages=[stage(i, decoder_depths[i], decoder_rates[i]) for i in range(levels)],
-        seg_layers=[conv(widths[i], num_classes, [1] * ndim) for i in range(levels)],
-        deep_supervision=deep_supervision,
-    )
-    return UNet(encoder, decoder, strides=strides)
 
 
 class FaithfulEncoder(nn.Module):
@@ -341,48 +295,6 @@ class FaithfulVMUNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         check_divisible(x.shape[2:], self.total_stride)
         return self.decoder(self.encoder(x))
-
-
-def _first_scan_stage(strides: Sequence[Sequence[int]], chosen: int | None) -> int:
-    """First stage with VSS blocks: at stride 4 if isotropic, at the latest the deepest."""
-    if chosen is not None:
-        if not 0 < chosen < len(strides):
-            raise ValueError(
-                f"first_scan_stage must lie in 1..{len(strides) - 1} for {len(strides)} stages, got {chosen}"
-            )
-        return chosen
-    totals = total_strides(strides)
-    deep = [i for i, total in enumerate(totals) if math.prod(total) >= 4 ** len(total)]
-    return deep[0] if deep else len(strides) - 1
-
-
-def _widths(given: Sequence[int] | None, base: int, stages: int, cap: int | None) -> list[int]:
-    widths = list(given) if given is not None else [base * 2**i for i in range(stages)]
-    if given is None and cap is not None:
-        widths = [min(width, cap) for width in widths]
-    _require_length("features_per_stage", widths, stages)
-    return widths
-
-
-def _per_stage(name: str, value: int | Sequence[int], stages: int) -> list[int]:
-    values = [value] * stages if isinstance(value, int) else list(value)
-    _require_length(name, values, stages)
-    if any(v < 1 for v in values):
-        raise ValueError(f"{name} must be at least 1 everywhere, got {values}")
-    return values
-
-
-def _require_length(name: str, values: Sequence[object], expected: int) -> None:
-    if len(values) != expected:
-        raise ValueError(f"{name} must have {expected} entries for these strides, got {len(values)}: {list(values)}")
-
-
-def _initialise_linear(module: nn.Module) -> None:
-    """Published initialisation: Linear weights truncated-normal with std 0.02, everything else as torch does it."""
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
 
 
 SPEC = NetworkSpec(

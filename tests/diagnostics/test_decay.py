@@ -43,7 +43,7 @@ def share_by_impulses(dt, A, route: str, distance: int):
         for j in range(states):
             C = torch.zeros_like(B)
             C[..., j] = 1
-            y = selective_scan_reference(
+            y, _ = selective_scan_reference(
                 x, dt.unsqueeze(2), A.unsqueeze(0), B, C, routes=[route], grid=GRID, dt_softplus=False
             )
             read.append(y[:, order[step + distance]] / y[:, order[step]])

@@ -88,6 +88,29 @@ def test_values_and_gradients_equal_the_definition(backend, name, dtype):
     check_against_reference(make_problem(**PROBLEMS[name]), backend, dtype)
 
 
+# Lengths around the native library's block of 64 tokens, widths off the vector, all state sizes and numbers of routes.
+SIZES = [
+    (1, 40, 64, "raster12"),
+    (2, 3, 16, "raster4"),
+    (63, 17, 8, ["dhw"] * 8),
+    (64, 33, 1, "raster6"),
+    (65, 8, 4, "raster12"),
+    (127, 5, 64, "raster2"),
+    (1000, 9, 16, "raster4"),
+    (4096, 18, 1, "raster2"),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("size", SIZES, ids=lambda size: f"L {size[0]}, C {size[1]}, N {size[2]}, {size[3]}")
+def test_sizes_off_every_block_and_vector(backend, size, dtype):
+    length, channels, state_size, routes = size
+    grid = next((d, h, length // (d * h)) for d in (10, 16, 1) for h in (16, 10, 1) if length % (d * h) == 0)
+    p = make_problem(grid, channels=channels, state_size=state_size, routes=routes)
+    spread = {"x": p.x.mT.contiguous().mT, "dt": p.dt.flip(1).contiguous().flip(1)}
+    check_against_reference(replace(p, **spread), backend, dtype)
+
+
 @pytest.mark.parametrize("kind", [{"state_size": 1}, {"state_size": 3}, {"heads": 2}, {"dt_rank": 2}], ids=str)
 def test_gradients_pass_gradcheck(backend, kind):
     p = make_problem((2, 2, 3), channels=4, routes=["dhw", "hwd:reverse:reset=line"], with_state=True, **kind)

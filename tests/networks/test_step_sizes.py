@@ -69,7 +69,7 @@ def test_step_sizes_are_those_that_the_scan_uses():
     u = torch.randn(2, 12, 5, dtype=torch.float64)
     projected = torch.einsum("ble,kre->blkr", u, core.x_proj)
     _, B, C = projected.split([2, 3, 3], dim=-1)
-    y = selective_scan_reference(
+    y, _ = selective_scan_reference(
         u,
         core.step_sizes(u),
         -torch.exp(core.A_log),

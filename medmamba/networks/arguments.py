@@ -1,0 +1,67 @@
+"""Arguments that the builders of the networks share: defaults per stage, and checks that name what is wrong."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from torch import nn
+
+from .unet import total_strides
+
+#: nnU-Net's caps of the width, by number of axes.
+MAX_FEATURES = {2: 512, 3: 320}
+
+
+def kernels_of_stages(
+    kernel_sizes: Sequence[Sequence[int]] | None, strides: Sequence[Sequence[int]]
+) -> list[tuple[int, ...]]:
+    """One kernel size per stage, 3 along every axis by default; ValueError for another number of stages."""
+    kernels = [tuple(k) for k in kernel_sizes or [[3] * len(strides[0])] * len(strides)]
+    require_length("kernel_sizes", kernels, len(strides))
+    return kernels
+
+
+def resolve_first_scan(strides: Sequence[Sequence[int]], chosen: int | None) -> int:
+    """First stage that scans: at stride 4 if isotropic, at the latest the deepest; or the one chosen, if possible."""
+    if chosen is not None:
+        if not 0 < chosen < len(strides):
+            raise ValueError(
+                f"first_scan_stage must lie in 1..{len(strides) - 1} for {len(strides)} stages, got {chosen}"
+            )
+        return chosen
+    totals = total_strides(strides)
+    deep = [i for i, total in enumerate(totals) if math.prod(total) >= 4 ** len(total)]
+    return deep[0] if deep else len(strides) - 1
+
+
+def widths_of_stages(given: Sequence[int] | None, base: int, stages: int, cap: int | None) -> list[int]:
+    """``given``, or ``base`` doubled per stage up to ``cap``; ValueError for another number than ``stages``."""
+    widths = list(given) if given is not None else [base * 2**i for i in range(stages)]
+    if given is None and cap is not None:
+        widths = [min(width, cap) for width in widths]
+    require_length("features_per_stage", widths, stages)
+    return widths
+
+
+def per_stage(name: str, value: int | Sequence[int], stages: int) -> list[int]:
+    """One positive number per stage, from a number for all or a list; ValueError if it does not fit."""
+    values = [value] * stages if isinstance(value, int) else list(value)
+    require_length(name, values, stages)
+    if any(v < 1 for v in values):
+        raise ValueError(f"{name} must be at least 1 everywhere, got {values}")
+    return values
+
+
+def require_length(name: str, values: Sequence[object], expected: int) -> None:
+    """ValueError unless a list has one entry per stage."""
+    if len(values) != expected:
+        raise ValueError(f"{name} must have {expected} entries for these strides, got {len(values)}: {list(values)}")
+
+
+def initialise_linear(module: nn.Module) -> None:
+    """Published initialisation: Linear weights truncated-normal with std 0.02, everything else as torch does it."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
