@@ -7,6 +7,7 @@ A route is written as text, which is also how it is stored in a plans file::
     "dwh:snake:reset=plane"     boustrophedon, state cleared at every plane
     "dhw:flip=h:spiral"         spiral with the H axis mirrored
     "dhw:step=2x2x2:reset=phase"  atrous: the eight interleaved sub-grids one after the other
+    "hwd:reset=8"               raster, state cleared every eight tokens
 
 Axis letters name the axes of the array, ``d h w`` = (D, H, W); a 2D image is a volume with D = 1.
 """
@@ -39,7 +40,7 @@ class Route:
         reverse: read the whole sequence from its end.
         flip: axes that are mirrored before the curve is laid, e.g. ``"h"`` or ``"dw"``.
         reset: where the state is cleared: never within the ``volume``, at every ``phase`` (sub-grid of
-            ``step``), at every ``plane`` or at every ``line`` of the visiting order.
+            ``step``), at every ``plane`` or at every ``line`` of the visiting order, or after so many tokens ("8").
         step: stride per axis in (D, H, W) order; the sub-grids are read one after the other.
 
     Raises:
@@ -58,8 +59,8 @@ class Route:
             raise ValueError(f"unknown axis order {self.axes!r}; known: {', '.join(AXIS_ORDERS)}")
         if self.curve not in CURVES:
             raise ValueError(f"unknown curve {self.curve!r}; known: {', '.join(sorted(CURVES))}")
-        if self.reset not in RESETS:
-            raise ValueError(f"unknown reset {self.reset!r}; known: {', '.join(RESETS)}")
+        if self.reset not in RESETS and not (self.reset.isdecimal() and int(self.reset) > 0):
+            raise ValueError(f"unknown reset {self.reset!r}; known: {', '.join(RESETS)}, or a number of tokens")
         if set(self.flip) - set("dhw") or len(set(self.flip)) != len(self.flip):
             raise ValueError(f"flip must name each of d, h, w at most once, not {self.flip!r}")
         if len(self.step) != 3 or min(self.step) < 1:
@@ -123,7 +124,12 @@ class Route:
             orders.append(sub.reshape(-1)[CURVES[self.curve](*sub.shape)])
             segments.append(self._segment_lengths(tuple(sub.shape)))
         order = torch.cat(orders)
-        lengths = [sum(map(sum, segments))] if self.reset == "volume" else [n for part in segments for n in part]
+        if self.reset == "volume":
+            lengths = [order.numel()]
+        elif self.reset.isdecimal():
+            lengths = [len(window) for window in order.split(int(self.reset))]
+        else:
+            lengths = [n for part in segments for n in part]
         if self.reverse:
             order = order.flip(0)
             lengths = lengths[::-1]
@@ -178,7 +184,8 @@ def parse_route(text: str | Route) -> Route:
         elif key == "step" and all(part.isdigit() for part in value.split("x")):
             fields["step"] = tuple(int(part) for part in value.split("x"))
         else:
-            known = ", ".join([*sorted(CURVES), "reverse", "flip=AXES", "reset=" + "|".join(RESETS), "step=AxBxC"])
+            resets = "|".join([*RESETS, "N"])
+            known = ", ".join([*sorted(CURVES), "reverse", "flip=AXES", f"reset={resets}", "step=AxBxC"])
             raise ValueError(f"unknown option {option!r} in route {text!r}; known: {known}")
     return Route(**fields)  # type: ignore[arg-type]
 

@@ -8,11 +8,19 @@ from __future__ import annotations
 
 from torch import nn
 
+from .controls import DepthwiseCore, LTICore, ShuffledCore, WindowedCore
 from .identity import IdentityCore
 from .placed import PlacedScan, initialise_step_sizes, placed_scans
 from .scan import ScanCore
 
-CORES: dict[str, type[nn.Module]] = {"identity": IdentityCore, "scan": ScanCore}
+CORES: dict[str, type[nn.Module]] = {
+    "dwconv": DepthwiseCore,
+    "identity": IdentityCore,
+    "lti": LTICore,
+    "scan": ScanCore,
+    "shuffled": ShuffledCore,
+    "windowed": WindowedCore,
+}
 
 
 def get_core(name: str) -> type[nn.Module]:
@@ -26,4 +34,16 @@ def get_core(name: str) -> type[nn.Module]:
     return CORES[name]
 
 
-__all__ = ["CORES", "IdentityCore", "PlacedScan", "ScanCore", "get_core", "initialise_step_sizes", "placed_scans"]
+__all__ = [
+    "CORES",
+    "DepthwiseCore",
+    "IdentityCore",
+    "LTICore",
+    "PlacedScan",
+    "ScanCore",
+    "ShuffledCore",
+    "WindowedCore",
+    "get_core",
+    "initialise_step_sizes",
+    "placed_scans",
+]

@@ -17,6 +17,7 @@ class IdentityCore(nn.Module):
         d_state: int,
         dt_rank: int,
         routes: str | Sequence[str],
+        kernel_size: Sequence[int] = (3, 3, 3),
         dt_range: Sequence[float] | Sequence[Sequence[float]] | None = None,
     ):
         super().__init__()

@@ -36,6 +36,7 @@ class ScanCore(nn.Module):
         d_state: N, states per channel.
         routes: name of a route set, or a list of routes.
         dt_rank: R, rank of the step size projection (the published blocks take ceil(block width / 16)).
+        kernel_size: of the network's convolutions at this place, one entry per axis of the image; a scan ignores it.
         dt_range: step sizes at initialisation, ``(low, high)`` or one such pair per route (JSON-able; see
             :func:`medmamba.mixers.timescale.route_dt_range`). Default: Mamba's (1e-3, 1e-1).
 
@@ -52,6 +53,7 @@ class ScanCore(nn.Module):
         d_state: int,
         dt_rank: int,
         routes: str | Sequence[str],
+        kernel_size: Sequence[int] = (3, 3, 3),
         dt_range: DtRange = None,
     ):
         super().__init__()
@@ -91,13 +93,8 @@ class ScanCore(nn.Module):
 
     @torch.no_grad()
     def _draw_step_sizes(self, generator: torch.Generator | None) -> None:
-        # Logarithms in double precision, as before there were ranges per route: the same seed gives the same bits.
-        lows = [math.log(low) for low, _ in self.dt_ranges]
-        spans = [math.log(high) - low for (_, high), low in zip(self.dt_ranges, lows, strict=True)]
         uniform = torch.empty_like(self.dt_bias).uniform_(generator=generator)
-        low, span = (uniform.new_tensor(values).unsqueeze(-1) for values in (lows, spans))
-        dt = torch.exp(uniform * span + low)
-        self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # inverse of softplus
+        self.dt_bias.copy_(_bias_of(uniform, self.dt_ranges))
 
     def step_sizes(self, u: Tensor) -> Tensor:
         """What the scan multiplies A with, for tokens (B, L, E) in raster order: dt (B, L, K, E), positive."""
@@ -126,6 +123,20 @@ class ScanCore(nn.Module):
     def extra_repr(self) -> str:
         routes = " ".join(str(route) for route in self.routes)
         return f"width={self.D.shape[-1]}, d_state={self.d_state}, dt_rank={self.dt_rank}, routes={routes}"
+
+
+def inverse_softplus_of_log_uniform(width: int, routes: int, dt_range: DtRange) -> Tensor:
+    """A new ``dt_bias`` (routes, width): softplus(bias) is log-uniform in ``dt_range``, see :class:`ScanCore`."""
+    return _bias_of(torch.rand(routes, width), _per_route(dt_range, routes))
+
+
+def _bias_of(uniform: Tensor, ranges: Sequence[tuple[float, float]]) -> Tensor:
+    # Logarithms in double precision, as before there were ranges per route: the same seed gives the same bits.
+    lows = [math.log(low) for low, _ in ranges]
+    spans = [math.log(high) - low for (_, high), low in zip(ranges, lows, strict=True)]
+    low, span = (uniform.new_tensor(values).unsqueeze(-1) for values in (lows, spans))
+    dt = torch.exp(uniform * span + low)
+    return dt + torch.log(-torch.expm1(-dt))  # inverse of softplus
 
 
 def _per_route(dt_range: DtRange, count: int) -> list[tuple[float, float]]:

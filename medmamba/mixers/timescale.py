@@ -50,7 +50,8 @@ def route_lengths(route: Route, grid: Sequence[int]) -> RouteLengths:
     volume = math.prod(checked_grid(grid))
     _, n1, n2 = shape = _visiting(route, _sub_grid(route, grid))
     segments = {"line": n2, "plane": n1 * n2, "phase": math.prod(shape), "volume": volume}
-    return RouteLengths(line=n2, plane=n1 * n2, volume=volume, segment=segments[route.reset])
+    segment = segments[route.reset] if route.reset in segments else min(int(route.reset), volume)
+    return RouteLengths(line=n2, plane=n1 * n2, volume=volume, segment=segment)
 
 
 def dependency_length(

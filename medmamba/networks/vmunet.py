@@ -55,7 +55,7 @@ class SS2D(nn.Module):
 
     Args:
         width: d.
-        core: builds the token mixer from ``(expanded width, dt_rank=...)``.
+        core: builds the token mixer from ``(expanded width, dt_rank=..., kernel_size=...)``.
         kernel_size: of the depthwise convolution, per axis.
         expand: E / d.
     """
@@ -66,7 +66,7 @@ class SS2D(nn.Module):
         self.in_proj = nn.Linear(width, 2 * inner, bias=False)
         self.conv = conv(inner, inner, kernel_size, groups=inner)
         self.act = nn.SiLU()
-        self.core = core(inner, dt_rank=math.ceil(width / 16))
+        self.core = core(inner, dt_rank=math.ceil(width / 16), kernel_size=kernel_size)
         self.norm = nn.LayerNorm(inner)
         self.out_proj = nn.Linear(inner, width, bias=False)
 

@@ -23,8 +23,11 @@ GRIDS = [(1, 1, 1), (4, 4, 4), (2, 3, 5), (5, 7, 9), (1, 6, 5), (3, 1, 4), (4, 5
 def resets_of(curve: str) -> list[str]:
     resets = ["volume", "phase"]
     resets += ["plane"] if curve in PLANEWISE_CURVES else []
-    return resets + (["line"] if curve in LINEWISE_CURVES else [])
+    return [*resets, *(["line"] if curve in LINEWISE_CURVES else []), "1", "5"]
 
+
+# From splitmix64 in plain integers: sorted(range(8), key=...) of the signed 64-bit hashes of 1..8.
+SHUFFLED_8 = [7, 0, 3, 2, 4, 6, 5, 1]
 
 any_curve = st.sampled_from(sorted(CURVES))
 any_route = any_curve.flatmap(
@@ -165,12 +168,26 @@ def test_resets_cut_where_the_name_says(reset, segments):
     assert int(Route("wdh", reset=reset).starts((4, 5, 3)).sum()) == segments
 
 
+def test_a_number_resets_after_so_many_tokens_of_the_route():
+    starts = parse_route("hwd:reset=7").starts((2, 3, 4))
+    assert starts.nonzero().flatten().tolist() == [0, 7, 14, 21]
+    assert parse_route("hwd:reset=7:reverse").starts((2, 3, 4)).nonzero().flatten().tolist() == [0, 3, 10, 17]
+
+
+def test_shuffle_is_the_same_order_everywhere():
+    assert parse_route("dhw:shuffle").order((1, 2, 4)).tolist() == SHUFFLED_8
+    order = parse_route("dhw:shuffle").order((7, 8, 9))
+    assert abs(torch.corrcoef(torch.stack([order, torch.arange(504)]).double())[0, 1]) < 0.15
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("dhx", "unknown axis order 'dhx'; known: dhw"),
         ("dhw:zigzag", "unknown option 'zigzag'.*known: .*hilbert"),
         ("dhw:reset=row", "unknown reset 'row'; known: volume"),
+        ("dhw:reset=0", "unknown reset '0'; known: volume.*, or a number of tokens"),
+        ("dhw:reset=-3", "unknown reset '-3'"),
         ("dhw:hilbert:reset=line", "has no lines"),
         ("dhw:zorder:reset=plane", "has no planes"),
         ("dhw:flip=x", "flip must name"),

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from . import diagonal, hilbert, raster, snake, spiral, zorder
+from . import diagonal, hilbert, raster, shuffle, snake, spiral, zorder
 
 Curve = Callable[[int, int, int], Tensor]
 
@@ -19,6 +19,7 @@ CURVES: dict[str, Curve] = {
     "diagonal": diagonal.order,
     "hilbert": hilbert.order,
     "raster": raster.order,
+    "shuffle": shuffle.order,
     "snake": snake.order,
     "spiral": spiral.order,
     "zorder": zorder.order,
