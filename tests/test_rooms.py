@@ -27,6 +27,7 @@ PACKAGES = ("medmamba", "medmamba_kernels", "medmamba_plans")
 NETWORK_ROOMS = ("medmamba.layers", "medmamba.mixers", "medmamba.networks", "medmamba.weights")
 IO_LIBRARIES = frozenset({"nibabel", "SimpleITK"})
 ARRAYS = frozenset({"numpy", "scipy"})
+PEERS = frozenset({"mamba_ssm", "mambapy"})  # what the bench times where it happens to be installed: no dependencies
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,8 @@ ROOMS: dict[str, Room] = {
         TORCH | ARRAYS | IO_LIBRARIES | {"matplotlib"},
         lazy=frozenset({"monai", "nnunetv2", "tqdm"}),
     ),
-    "medmamba.bench": Room(LOWER, TORCH),
+    "medmamba.bench": Room((*LOWER, "medmamba.bench.plot"), TORCH, lazy=PEERS),
+    "medmamba.bench.plot": Room((*LOWER, "medmamba.bench"), frozenset({"matplotlib"})),  # loaded when a plot is wanted
     "medmamba.diagnostics": Room(("medmamba_kernels", *NETWORK_ROOMS), TORCH),
     "medmamba.info": Room(
         (*LOWER, "medmamba.diagnostics", "medmamba.nnunet"), TORCH, lazy=frozenset({"matplotlib", "nnunetv2", "numpy"})
@@ -199,7 +201,7 @@ def test_third_party_imports_are_declared_dependencies():
     for module, path in our_files().items():
         for item in imports_of(path.read_text(), module, path.name == "__init__.py"):
             top = item.module.partition(".")[0]
-            if top in sys.stdlib_module_names or top in PACKAGES or top == "__future__":
+            if top in sys.stdlib_module_names or top in PACKAGES or top in PEERS or top == "__future__":
                 continue
             names = {_normalised(name) for name in distributions.get(top, [top])}
             if not names & declared:

@@ -15,13 +15,12 @@ import csv
 import json
 import re
 import statistics
-import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-CHECKOUT = Path(__file__).resolve().parents[1]
+from medmamba.bench.commit import commit_of
 
 
 def fold_rows(dataset: Path, predictions: Path | None) -> list[dict[str, Any]]:
@@ -63,21 +62,11 @@ def fold_row(summary: Path, predictions: Path | None) -> dict[str, Any]:
         again = json.loads((predicted / "summary.json").read_text())
         row["dice_mean_nnUNetv2_predict"] = dice(again["foreground_mean"])
         row["seconds_nnUNetv2_predict"] = (predicted / "seconds.txt").read_text().strip()
-    return {**row, "medmamba": version("medmamba"), "commit": commit(), "source": "measured"}
+    return {**row, "medmamba": version("medmamba"), "commit": commit_of(Path(__file__)), "source": "measured"}
 
 
 def dice(scores: dict[str, Any]) -> float:
     return round(float(scores["Dice"]), 4)
-
-
-def commit() -> str:
-    """Short hash of the checkout, with a plus sign when it has uncommitted changes."""
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=CHECKOUT, capture_output=True, text=True, check=True).stdout
-
-    changed = git("status", "--porcelain", "--untracked-files=no").strip()
-    return git("rev-parse", "--short", "HEAD").strip() + ("+" if changed else "")
 
 
 def write(rows: list[dict[str, Any]], out: Path) -> None:

@@ -1,7 +1,11 @@
 """`medmamba bench`: time and memory of the scan, with the floor and the alternatives in the same process.
 
 commands.py   the command line (imports nothing heavy)
-cases.py      which scans are timed: the shapes of the shipped networks, and one odd size
+cases.py      which scans are timed: the shapes of the shipped networks, variations, an odd size, a sweep of lengths
+peers.py      what people use elsewhere, and what it is allowed to leave out
 measure.py    processor time, wall time, peak memory
 scan.py       runs the cases and writes the CSV
+ratios.py     peers against our best backend
+plot.py       time and memory over length
+commit.py     the commit that a measurement belongs to
 """

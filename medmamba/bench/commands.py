@@ -3,51 +3,140 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from medmamba.command import Command, CommandError
+
+if TYPE_CHECKING:
+    import torch
 
 
 def _configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", choices=["scan"], help="scan: the selective scan at the shapes of the shipped networks")
     parser.add_argument("--backend", nargs="+", metavar="NAME", help="backends, or reference; default: all that run")
+    parser.add_argument("--peers", nargs="+", metavar="NAME", help="other libraries; default: all that are installed")
+    parser.add_argument("--no-peers", action="store_true", help="time our own backends only")
     parser.add_argument("--case", metavar="TEXT", help="only cases whose name contains this")
+    parser.add_argument("--device", default="cpu", metavar="NAME", help="cpu (default) or cuda")
     parser.add_argument("--threads", type=int, metavar="N", help="threads of torch; default: as torch chooses")
     parser.add_argument("--seconds", type=float, default=2.0, metavar="S", help="per row (default %(default)s)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write a CSV as well")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="write a PNG of time and memory over length as well")
+    parser.add_argument("--from", dest="source", type=Path, metavar="FILE", help="plot this CSV, measure nothing")
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    for path in (arguments.out, arguments.plot):
+        if path is not None and not path.resolve().parent.is_dir():
+            raise CommandError(f"{path.resolve().parent} is not a folder; create it or choose another place")
+    if arguments.source is not None:
+        return _plot_only(arguments)
     import torch
 
-    from medmamba.bench import scan
-    from medmamba_kernels import BACKENDS
+    from medmamba.bench import ratios, scan
 
-    if arguments.out is not None and not arguments.out.resolve().parent.is_dir():
-        raise CommandError(f"{arguments.out.resolve().parent} is not a folder; create it or choose another --out")
+    device = _device(arguments.device)
     if arguments.threads is not None:
         if arguments.threads < 1:
             raise CommandError(f"--threads must be 1 or more, not {arguments.threads}")
         torch.set_num_threads(arguments.threads)
-    backends = arguments.backend or [
-        name for name, module in BACKENDS.items() if module.unavailable_reason(torch.device("cpu")) is None
-    ]
-    unknown = [name for name in backends if name not in (*BACKENDS, "reference")]
-    if unknown:
-        raise CommandError(f"no backend {unknown[0]!r}; known: {', '.join(BACKENDS)}, reference")
-    rows = []
+    backends = _backends(arguments.backend, device)
+    cases = scan.select(arguments.case)
+    peers = _peers(arguments, device)
+    rows: list[dict[str, Any]] = []
     print(f"{'case':<18} {'backend':<10} {'pass':<9} {'p50 ms':>10} {'ns/elt':>8} {'floor ms':>9} {'peak MiB':>9}")
-    for row in scan.run(backends, scan.select(arguments.case), arguments.seconds):
-        rows.append(row)
-        print(
-            f"{row['case']:<18} {row['backend']:<10} {row['pass']:<9} {row['p50_ms']:>10.2f} "
-            f"{row['ns_per_element']:>8.2f} {row['memory_floor_ms']:>9.2f} {row['peak_mib']:>9}",
-            flush=True,
-        )
-    if arguments.out is not None:
-        scan.write(rows, arguments.out)
-        print(f"wrote {arguments.out}")
+    try:
+        for row in scan.run(backends, peers, cases, arguments.seconds, device):
+            rows.append(row)
+            print(_line(row), flush=True)
+    finally:
+        # What was measured before an interruption or an error is kept.
+        if rows and arguments.out is not None:
+            scan.write(rows, arguments.out, device)
+            print(f"wrote {arguments.out}")
+    print(*ratios.lines(rows), sep="\n")
+    if arguments.plot is not None:
+        facts = scan.machine(device)
+        _plot([{**row, **facts} for row in rows], arguments.plot)
     return 0
+
+
+def _line(row: dict[str, Any]) -> str:
+    start = f"{row['case']:<18} {row['backend']:<10} {row['pass']:<9}"
+    if row["note"]:
+        return f"{start} {row['note']}"
+    return (
+        f"{start} {row['p50_ms']:>10.2f} {row['ns_per_element']:>8.4g} {row['memory_floor_ms']:>9.3g} "
+        f"{row['peak_mib']:>9}"
+    )
+
+
+def _device(name: str) -> torch.device:
+    import torch
+
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise CommandError(f"--device must be cpu or cuda, not {name}")
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise CommandError("--device cuda: torch sees no CUDA device here")
+        torch.cuda.set_device(device)
+    return device
+
+
+def _backends(requested: Sequence[str] | None, device: torch.device) -> list[str]:
+    from medmamba_kernels import BACKENDS
+
+    names = list(requested or [name for name, module in BACKENDS.items() if module.unavailable_reason(device) is None])
+    for name in names:
+        if name not in (*BACKENDS, "reference"):
+            raise CommandError(f"no backend {name!r}; known: {', '.join(BACKENDS)}, reference")
+    return names
+
+
+def _peers(arguments: argparse.Namespace, device: torch.device) -> dict[str, str]:
+    """Peers that are there and right, with what their rows say of the check. One named by the user must be both."""
+    from medmamba.bench import scan
+    from medmamba.bench.peers import PEERS
+
+    if arguments.no_peers:
+        return {}
+    for name in arguments.peers or []:
+        if name not in PEERS:
+            raise CommandError(f"no peer {name!r}; known: {', '.join(PEERS)}")
+    peers = {}
+    for name, problem, verdict in scan.check_peers(arguments.peers or list(PEERS), device):
+        if problem is None:
+            peers[name] = verdict
+            print(f"peer {name}: {verdict}", flush=True)
+        elif arguments.peers:
+            raise CommandError(f"peer {name} cannot be timed: {problem}")
+        else:
+            print(f"peer {name} is left out: {problem}", flush=True)
+    return peers
+
+
+def _plot_only(arguments: argparse.Namespace) -> int:
+    from medmamba.bench import scan
+
+    if arguments.plot is None:
+        raise CommandError("--from needs --plot FILE: it plots a CSV and measures nothing")
+    if not arguments.source.is_file():
+        raise CommandError(f"{arguments.source} is not a file; --from wants a CSV that --out wrote")
+    _plot(scan.read(arguments.source), arguments.plot)
+    return 0
+
+
+def _plot(rows: Sequence[dict[str, Any]], out: Path) -> None:
+    from medmamba.bench import plot
+
+    plot.plot(rows, out)
+    print(f"wrote {out}")
 
 
 BENCH = Command(help="time and memory of the scan on this machine", configure=_configure, run=_run)

@@ -1,11 +1,11 @@
-"""Runs the cases of the scan bench, backend by backend, and writes one CSV."""
+"""Runs the cases of the scan bench, backend by backend and peer by peer, and writes one CSV."""
 
 from __future__ import annotations
 
 import csv
 import platform
-import subprocess
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -14,50 +14,89 @@ from typing import Any
 import torch
 
 from medmamba.bench.cases import Case, all_cases
-from medmamba.bench.measure import copy_bandwidth, peak_mib, time_it
+from medmamba.bench.commit import commit_of
+from medmamba.bench.measure import CPU, copy_bandwidth, first_call, peak_mib, time_it
+from medmamba.bench.peers import PEERS, Peer, peer_passes
 from medmamba.command import CommandError
 from medmamba_kernels import BACKENDS
-from medmamba_kernels.testing import Problem, make_problem, self_test
+from medmamba_kernels.testing import Problem, self_test
 
 #: Scans above this many elements are not run through the reference, which takes about a microsecond each.
 REFERENCE_ELEMENTS = 2**21
 
+Row = dict[str, Any]
 
-def run(backends: Sequence[str], cases: Sequence[Case], seconds: float) -> Iterator[dict[str, Any]]:
-    """One row per case, backend and pass. Backends that are not correct here are refused before anything is timed.
+
+def run(
+    backends: Sequence[str],
+    peers: Mapping[str, str],
+    cases: Sequence[Case],
+    seconds: float,
+    device: torch.device = CPU,
+) -> Iterator[Row]:
+    """One row per case, backend or peer, and pass. Backends that are not correct here are refused before any timing.
 
     Args:
         backends: names in ``BACKENDS``, or "reference" (small cases only).
+        peers: names in ``PEERS`` and what ``check_peers`` said of them; where one cannot do a case, the row says why.
         cases: what to run.
         seconds: time to spend on each row.
+        device: where.
 
     Raises:
         CommandError: a backend cannot run here, or its self-test exceeds the tolerance.
     """
-    gate(backends)
-    bandwidth = copy_bandwidth()
+    gate(backends, device)
+    bandwidth = copy_bandwidth(device)
     for case in cases:
-        problem = make_problem(
-            case.grid, channels=case.channels, state_size=case.state_size, routes=case.routes, dtype=torch.float32
-        )
+        problem = case.problem().to(device=device)
         for backend in backends:
             if backend == "reference" and case.elements > REFERENCE_ELEMENTS:
                 continue
             for name, function in passes(problem, backend).items():
-                yield {**describe(case, backend, name, bandwidth), **measured(case, function, seconds)}
+                row = describe(case, backend, name, bandwidth, device)
+                yield {**row, **measured(case, function, seconds, device), "gate": "self-test passed", "note": ""}
+        for peer, verdict in peers.items():
+            for row in run_peer(case, problem, PEERS[peer], seconds, device):
+                yield {**describe(case, peer, row["pass"], bandwidth, device), **row, "gate": verdict}
 
 
-def gate(backends: Sequence[str]) -> None:
+def run_peer(case: Case, problem: Problem, peer: Peer, seconds: float, device: torch.device) -> Iterator[Row]:
+    """Pass and measurements, or a note why there are none."""
+    functions: dict[str, Callable[[], object]] = {}
+    for name in ("forward", "training"):
+        reason = peer.refusal(case, name, device)
+        if reason is None:
+            functions = functions or peer_passes(problem, peer)
+            try:
+                yield {"pass": name, **measured(case, functions[name], seconds, device), "note": ""}
+                continue
+            except torch.OutOfMemoryError:
+                reason = "runs out of memory"
+        yield {"pass": name, **dict.fromkeys(MEASUREMENTS, ""), "note": f"not run: {reason}"}
+
+
+def gate(backends: Sequence[str], device: torch.device) -> None:
     """No number on red: every backend must pass its self-test first."""
     for backend in backends:
         if backend == "reference":
             continue
-        reason = BACKENDS[backend].unavailable_reason(torch.device("cpu"))
+        reason = BACKENDS[backend].unavailable_reason(device)
         if reason is not None:
             raise CommandError(f"backend {backend} cannot run here: {reason}")
-        error, passed = self_test(backend)
+        error, passed = self_test(backend, device)
         if not passed:
             raise CommandError(f"backend {backend} fails its self-test (error {error:.1e}); no times are taken", 1)
+
+
+def check_peers(names: Sequence[str], device: torch.device) -> Iterator[tuple[str, str | None, str]]:
+    """Name, why it is left out (or None), and what its rows say of the check; a compiled peer compiles here."""
+    for name in names:
+        peer = PEERS[name]
+        start = time.perf_counter()
+        problem = peer.missing(device) or peer.check(device)
+        took = time.perf_counter() - start
+        yield name, problem, f"within {peer.tolerance:.0e} of the reference; checked in {took:.1f} s"
 
 
 def passes(problem: Problem, backend: str) -> dict[str, Callable[[], object]]:
@@ -72,57 +111,84 @@ def passes(problem: Problem, backend: str) -> dict[str, Callable[[], object]]:
     return {"forward": partial(problem.run, backend), "training": train}
 
 
-def describe(case: Case, backend: str, name: str, bandwidth: float) -> dict[str, Any]:
+def describe(case: Case, contender: str, name: str, bandwidth: float, device: torch.device) -> Row:
     return {
         "op": "selective_scan",
-        "backend": backend,
+        "form": case.form,
+        "backend": contender,
+        "kind": "backend" if contender in BACKENDS else "peer" if contender in PEERS else "reference",
         "case": case.name,
         "grid": "x".join(map(str, case.grid)),
         "channels": case.channels,
         "state_size": case.state_size,
-        "routes": case.routes,
+        "routes": case.routes if isinstance(case.routes, str) else " ".join(case.routes),
         "dtype": "float32",
         "pass": name,
         "threads": torch.get_num_threads(),
+        "elements": case.elements,
         # The floor of a forward pass; a training pass reads everything at least twice more.
-        "memory_floor_ms": round(case.bytes_moved / bandwidth * 1e3 * (1 if name == "forward" else 3), 3),
+        "memory_floor_ms": round(case.bytes_moved / bandwidth * 1e3 * (1 if name == "forward" else 3), 4),
         "exponentials": case.exponentials,
+        "device": device.type,
     }
 
 
-def measured(case: Case, function: Callable[[], object], seconds: float) -> dict[str, Any]:
-    memory = peak_mib(function)
-    timing = time_it(function, seconds)
-    return {
-        "p20_ms": round(timing.p20, 3),
-        "p50_ms": round(timing.p50, 3),
-        "p80_ms": round(timing.p80, 3),
-        "cpu_min_ms": round(timing.cpu_min, 3),
-        "repeats": timing.repeats,
-        "ns_per_element": round(timing.p50 * 1e6 / case.elements, 3),
-        "cpu_ns_per_element": round(timing.cpu_min * 1e6 / case.elements, 3),
-        "peak_mib": "" if memory is None else round(memory, 1),
-        "gate": "self-test passed",
-    }
+MEASUREMENTS = (
+    "first_call_s",
+    "p20_ms",
+    "p50_ms",
+    "p80_ms",
+    "cpu_min_ms",
+    "repeats",
+    "ns_per_element",
+    "cpu_ns_per_element",
+    "peak_mib",
+)
 
 
-def machine() -> dict[str, str]:
+def measured(case: Case, function: Callable[[], object], seconds: float, device: torch.device) -> Row:
+    """The columns ``MEASUREMENTS``, in order."""
+    first = first_call(function, device)
+    memory = peak_mib(function, device)
+    timing = time_it(function, seconds, device)
+    on_gpu = timing.cpu_min is None
+    values = (
+        round(first, 3),
+        round(timing.p20, 4),
+        round(timing.p50, 4),
+        round(timing.p80, 4),
+        "" if timing.cpu_min is None else round(timing.cpu_min, 4),
+        timing.repeats,
+        round(timing.p50 * 1e6 / case.elements, 6 if on_gpu else 3),
+        "" if timing.cpu_min is None else round(timing.cpu_min * 1e6 / case.elements, 3),
+        "" if memory is None else round(memory, 2),
+    )
+    return dict(zip(MEASUREMENTS, values, strict=True))
+
+
+def machine(device: torch.device = CPU) -> dict[str, str]:
     """What the numbers belong to; the same in every row of a file."""
     return {
-        "processor": _processor(),
+        "processor": _processor() if device.type == "cpu" else torch.cuda.get_device_name(device),
         "torch": version("torch"),
         "medmamba": version("medmamba"),
-        "commit": _commit(),
+        "commit": commit_of(Path(__file__)),
     }
 
 
-def write(rows: Sequence[dict[str, Any]], out: Path) -> None:
+def write(rows: Sequence[Row], out: Path, device: torch.device = CPU) -> None:
     """Write rows as CSV, with the machine in the last columns."""
-    facts = machine()
+    facts = machine(device)
     with out.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.DictWriter(stream, [*rows[0], *facts], lineterminator="\n")
         writer.writeheader()
         writer.writerows({**row, **facts} for row in rows)
+
+
+def read(file: Path) -> list[Row]:
+    """Rows of a CSV that ``write`` made; numbers are text."""
+    with file.open(newline="", encoding="utf-8") as stream:
+        return list(csv.DictReader(stream))
 
 
 def _processor() -> str:
@@ -131,15 +197,6 @@ def _processor() -> str:
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
-
-
-def _commit() -> str:
-    """Commit of the checkout that medmamba is run from, or an empty text for an installed package."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    try:
-        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""
 
 
 def select(pattern: str | None) -> list[Case]:
