@@ -41,6 +41,7 @@ class Case:
         routes: name of a set in ``ROUTE_SETS``, or routes.
         form: "s6", a decay per channel and state, or "ssd", one per head (Dao & Gu, 2024, arXiv:2405.21060).
         head_size: channels of a head, for "ssd".
+        dt_rank: rank of the step sizes, as networks hand them over; 0: the step sizes themselves, as peers take them.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Case:
     routes: str | tuple[str, ...]
     form: str = "s6"
     head_size: int = 1
+    dt_rank: int = 0
 
     @property
     def length(self) -> int:
@@ -73,7 +75,7 @@ class Case:
     @property
     def bytes_moved(self) -> int:
         """Least traffic of a forward pass in float32: x, dt, B and C read once per route, y read and written."""
-        per_token = (3 * self.channels + self.heads + 2 * self.state_size) * 4
+        per_token = (3 * self.channels + (self.dt_rank or self.heads) + 2 * self.state_size) * 4
         return self.length * len(self.resolved_routes) * per_token
 
     @property
@@ -89,6 +91,7 @@ class Case:
             state_size=self.state_size,
             routes=self.routes,
             heads=self.heads if self.form == "ssd" else None,
+            dt_rank=self.dt_rank or None,
             dtype=torch.float32,
         )
 
@@ -131,6 +134,8 @@ def all_cases() -> list[Case]:
     cases += [replace(base, name=f"routes {routes}", routes=routes) for routes in ("raster2", "raster4", "raster12")]
     cases += [replace(base, name="resets at lines", routes="line6")]
     cases += [Case("odd 9x13x11", (9, 13, 11), 40, 16, "raster6")]
+    cases += [replace(base, name="dt of rank 6", dt_rank=6)]
+    cases += [Case("32x32x32, dt of rank 8", (32, 32, 32), 128, 16, "raster6", dt_rank=8)]
     cases += SSD_CASES
     cases += sweep_cases()
     return [case for case in cases if case.elements <= MOST_ELEMENTS]

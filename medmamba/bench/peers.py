@@ -162,6 +162,8 @@ class Peer:
         """Why a case is not run, or None."""
         if case.form != "s6":
             return f"is not used for the {case.form} form here"
+        if case.dt_rank:
+            return "takes step sizes, not their factors"
         if not all(is_plain_raster(route) for route in case.resolved_routes):
             return "reads plain rasters only"
         if case.elements > self.most_elements:

@@ -121,6 +121,7 @@ def describe(case: Case, contender: str, name: str, bandwidth: float, device: to
         "grid": "x".join(map(str, case.grid)),
         "channels": case.channels,
         "state_size": case.state_size,
+        "dt_rank": case.dt_rank,
         "routes": case.routes if isinstance(case.routes, str) else " ".join(case.routes),
         "dtype": "float32",
         "pass": name,
