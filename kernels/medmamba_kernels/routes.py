@@ -195,10 +195,25 @@ def _both_ways(*forward: str) -> tuple[str, ...]:
     return (*forward, *(str(parse_route(text).reversed()) for text in forward))
 
 
+def _in_pairs(*forward: str) -> tuple[str, ...]:
+    """Each route followed by its reverse: MHS-VM's order of the routes of a head."""
+    return tuple(str(route) for text in forward for route in (parse_route(text), parse_route(text).reversed()))
+
+
 # The default of a 3D block is raster6: three rasters, every axis fastest exactly once, times two directions
 # (most published 3D ports leave one axis never fastest). raster4 is VMamba's set of a 2D block, in its order.
+# mhs_*: the patterns of MHS-VM's heads (C snake, X diagonal, S spiral, Z raster). *4 are the published routes of
+# a plane, *6 the ones of a volume: C and Z once per fastest axis, X and S once per normal of their slices.
 ROUTE_SETS: dict[str, tuple[str, ...]] = {
     "line6": _both_ways("dhw:reset=line", "dwh:reset=line", "hwd:reset=line"),
+    "mhs_c4": _in_pairs("dhw:snake", "dwh:snake"),
+    "mhs_c6": _in_pairs("dhw:snake", "dwh:snake", "hwd:snake"),
+    "mhs_s4": _in_pairs("dhw:spiral", "dhw:flip=h:spiral"),
+    "mhs_s6": _in_pairs("dhw:spiral", "hdw:spiral", "wdh:spiral"),
+    "mhs_x4": _in_pairs("dhw:diagonal", "dhw:flip=w:diagonal"),
+    "mhs_x6": _in_pairs("dhw:diagonal", "hdw:diagonal", "wdh:diagonal"),
+    "mhs_z4": _in_pairs("dhw", "dwh"),
+    "mhs_z6": _in_pairs("dhw", "dwh", "hwd"),
     "raster12": _both_ways(*AXIS_ORDERS),
     "raster2": _both_ways("dhw"),
     "raster4": _both_ways("dhw", "dwh"),

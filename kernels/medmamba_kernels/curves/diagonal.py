@@ -1,4 +1,4 @@
-"""Diagonal snake in every plane (MHS-VM's pattern X, Ji et al. 2024), planes chained end to end."""
+"""Diagonal snake in every plane (MHS-VM's pattern X, Ji 2024), planes chained end to end."""
 
 from __future__ import annotations
 

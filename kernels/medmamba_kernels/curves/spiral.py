@@ -1,4 +1,4 @@
-"""Clockwise inward spiral in every plane (MHS-VM's pattern S, Ji et al. 2024), planes chained end to end."""
+"""Clockwise inward spiral in every plane (MHS-VM's pattern S, Ji 2024), planes chained end to end."""
 
 from __future__ import annotations
 
