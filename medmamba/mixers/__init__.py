@@ -1,7 +1,10 @@
 """Token mixers: what happens between the tokens of a scan stage.
 
 A *core* maps (B, L, C) tokens of a (D, H, W) grid to tokens of the same shape. Every network takes the name of a
-core as ``ssm_mode``, so each scan network has its controls: the same network with the scan replaced.
+core as ``ssm_mode``, so each scan network has its controls: the same network with the scan replaced. A core is built
+from ``(width, *, d_state, dt_rank, routes, dt_range=None, fusion=None)`` and ignores what it has no use for.
+
+:class:`MultiHeadCore` puts several cores side by side; :class:`GatedFusion` is a ``fusion``.
 """
 
 from __future__ import annotations
@@ -9,6 +12,8 @@ from __future__ import annotations
 from torch import nn
 
 from .controls import DepthwiseCore, LTICore, ShuffledCore, WindowedCore
+from .fusion import GatedFusion, rescaled_threshold
+from .heads import MultiHeadCore
 from .identity import IdentityCore
 from .placed import PlacedScan, initialise_step_sizes, placed_scans
 from .scan import ScanCore
@@ -37,8 +42,10 @@ def get_core(name: str) -> type[nn.Module]:
 __all__ = [
     "CORES",
     "DepthwiseCore",
+    "GatedFusion",
     "IdentityCore",
     "LTICore",
+    "MultiHeadCore",
     "PlacedScan",
     "ScanCore",
     "ShuffledCore",
@@ -46,4 +53,5 @@ __all__ = [
     "get_core",
     "initialise_step_sizes",
     "placed_scans",
+    "rescaled_threshold",
 ]

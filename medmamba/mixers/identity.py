@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
@@ -19,6 +19,7 @@ class IdentityCore(nn.Module):
         routes: str | Sequence[str],
         kernel_size: Sequence[int] = (3, 3, 3),
         dt_range: Sequence[float] | Sequence[Sequence[float]] | None = None,
+        fusion: Callable[[Tensor], Tensor] | None = None,
     ):
         super().__init__()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -39,6 +39,7 @@ class ScanCore(nn.Module):
         kernel_size: of the network's convolutions at this place, one entry per axis of the image; a scan ignores it.
         dt_range: step sizes at initialisation, ``(low, high)`` or one such pair per route (JSON-able; see
             :func:`medmamba.mixers.timescale.route_dt_range`). Default: Mamba's (1e-3, 1e-1).
+        fusion: joins the results of the routes, (B, K, L, E) in the volume's order -> (B, L, E); default: their sum.
 
     Raises:
         ValueError: an unknown route, or a ``dt_range`` that is not positive and rising, or of another number of routes.
@@ -55,8 +56,10 @@ class ScanCore(nn.Module):
         routes: str | Sequence[str],
         kernel_size: Sequence[int] = (3, 3, 3),
         dt_range: DtRange = None,
+        fusion: Callable[[Tensor], Tensor] | None = None,
     ):
         super().__init__()
+        self.fusion = fusion
         self.routes = resolve_routes(routes)
         count = len(self.routes)
         self.dt_ranges = _per_route(dt_range, count)
@@ -107,7 +110,10 @@ class ScanCore(nn.Module):
         count, rows, width = self.x_proj.shape
         projected = F.linear(u, self.x_proj.view(count * rows, width)).view(batch, length, count, rows)
         dt, B, C = projected.split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        return selective_scan(
+        if self.fusion is not None:
+            # The scan answers in the dtype of u; what sets the routes apart is small against what they share.
+            u = u.to(torch.promote_types(u.dtype, torch.float32))
+        y = selective_scan(
             u,
             dt,
             -torch.exp(self.A_log),
@@ -118,7 +124,9 @@ class ScanCore(nn.Module):
             grid=grid,
             dt_bias=self.dt_bias,
             dt_weight=self.dt_proj,
+            merge="sum" if self.fusion is None else "none",
         )
+        return y if self.fusion is None else self.fusion(y)
 
     def extra_repr(self) -> str:
         routes = " ".join(str(route) for route in self.routes)
