@@ -148,11 +148,55 @@ def vmunet(
     Raises:
         ValueError, KeyError: arguments that contradict each other, an unknown geometry, route or ssm_mode.
     """
+    ndim = len(total_strides(strides)[0])
+    core = partial(get_core(ssm_mode), d_state=d_state, routes=routes or {2: "raster4", 3: "raster6"}[ndim])
+    network = vss_unet(
+        input_channels,
+        num_classes,
+        block=partial(VSSBlock, ss2d=partial(SS2D, core=core, expand=expand)),
+        strides=strides,
+        kernel_sizes=kernel_sizes,
+        features_per_stage=features_per_stage,
+        base_features=base_features,
+        depths=depths,
+        decoder_depths=decoder_depths,
+        geometry=geometry,
+        first_scan_stage=first_scan_stage,
+        drop_path_rate=drop_path_rate,
+        auxiliary_heads=auxiliary_heads,
+        deep_supervision=deep_supervision,
+    )
+    initialise_step_sizes(network, dt_init, input_channels=input_channels)
+    return network
+
+
+def vss_unet(
+    input_channels: int,
+    num_classes: int,
+    *,
+    block: Callable[..., nn.Module],
+    strides: Sequence[Sequence[int]],
+    kernel_sizes: Sequence[Sequence[int]] | None,
+    features_per_stage: Sequence[int] | None,
+    base_features: int | None,
+    depths: int | Sequence[int],
+    decoder_depths: int | Sequence[int] | None,
+    geometry: str,
+    first_scan_stage: int | None,
+    drop_path_rate: float,
+    auxiliary_heads: bool,
+    deep_supervision: bool,
+) -> nn.Module:
+    """VM-UNet's two shapes with any block, initialised as published: for papers that change the block only.
+
+    Args:
+        block: ``block(width, kernel_size=..., drop_path=...)``, (B, *spatial, width) channels last to the same.
+
+    All other arguments, the result and the errors as :func:`vmunet`.
+    """
     if geometry not in GEOMETRIES:
         raise ValueError(f"unknown geometry {geometry!r}; known: {', '.join(GEOMETRIES)}")
     ndim = len(total_strides(strides)[0])
-    core = partial(get_core(ssm_mode), d_state=d_state, routes=routes or {2: "raster4", 3: "raster6"}[ndim])
-    block = partial(VSSBlock, ss2d=partial(SS2D, core=core, expand=expand))
     kernels = kernels_of_stages(kernel_sizes, strides)
     if geometry == "faithful":
         if first_scan_stage is not None:
@@ -191,9 +235,7 @@ def vmunet(
             drop_path_rate=drop_path_rate,
             deep_supervision=deep_supervision,
         )
-    network.apply(initialise_linear)
-    initialise_step_sizes(network, dt_init, input_channels=input_channels)
-    return network
+    return network.apply(initialise_linear)
 
 
 class FaithfulEncoder(nn.Module):
