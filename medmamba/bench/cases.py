@@ -113,6 +113,8 @@ def network_cases(name: str) -> Iterator[Case]:
         set_name = next(key for key, value in ROUTE_SETS.items() if value == routes)
         label = f"{name} {'x'.join(map(str, scan.grid))}"
         cases.append(Case(label, scan.grid, scan.core.D.shape[-1], scan.core.d_state, set_name))
+    if len({case.routes for case in cases}) > 1:  # heads with routes of their own
+        cases = [replace(case, name=f"{case.name} {case.routes}") for case in cases]
     yield from dict.fromkeys(cases)
 
 

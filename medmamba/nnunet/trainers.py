@@ -187,6 +187,22 @@ class nnUNetTrainerVMUNet_250epochs(nnUNetTrainerVMUNet):
     epochs = 250
 
 
+class nnUNetTrainerMHSVM(MambaTrainer):
+    network_name = "mhsvm"
+
+
+class nnUNetTrainerMHSVM_5epochs(nnUNetTrainerMHSVM):
+    epochs = 5
+
+
+class nnUNetTrainerMHSVM_50epochs(nnUNetTrainerMHSVM):
+    epochs = 50
+
+
+class nnUNetTrainerMHSVM_250epochs(nnUNetTrainerMHSVM):
+    epochs = 250
+
+
 TRAINERS: dict[str, type[MambaTrainer]] = {
     trainer.__name__: trainer
     for trainer in (
@@ -194,6 +210,10 @@ TRAINERS: dict[str, type[MambaTrainer]] = {
         nnUNetTrainerVMUNet_5epochs,
         nnUNetTrainerVMUNet_50epochs,
         nnUNetTrainerVMUNet_250epochs,
+        nnUNetTrainerMHSVM,
+        nnUNetTrainerMHSVM_5epochs,
+        nnUNetTrainerMHSVM_50epochs,
+        nnUNetTrainerMHSVM_250epochs,
     )
 }
 

@@ -33,6 +33,12 @@ def test_the_cases_hold_every_scan_of_the_six_stage_network():
     assert grids == {(32, 32, 32): 256, (16, 16, 16): 512, (8, 8, 8): 640, (4, 4, 4): 640}
 
 
+def test_heads_with_routes_of_their_own_are_cases_of_their_own():
+    names = [case.name for case in cases.network_cases("mhsvm")]
+    assert len(names) == len(set(names)) == 4 * 4
+    assert names[0] == "mhsvm 32x32x32 mhs_c6"
+
+
 def test_elements_and_floor_are_counted_per_route():
     case = cases.Case("x", (2, 3, 4), 5, 16, "raster6")
     assert case.elements == 24 * 5 * 6
@@ -255,7 +261,7 @@ def test_the_command_writes_what_it_measured(tmp_path, capsys):
     ("arguments", "message"),
     [
         (["--backend", "cuda"], "no backend 'cuda'; known: native, torch, triton, reference"),
-        (["--case", "nothing"], "no case contains 'nothing'; known: vmunet 32x32x32"),
+        (["--case", "nothing"], "no case contains 'nothing'; known: "),
         (["--threads", "0"], "--threads must be 1 or more"),
         (["--out", "/nowhere/x.csv"], "is not a folder"),
         (["--plot", "/nowhere/x.png"], "is not a folder"),

@@ -60,6 +60,16 @@ def test_parameters_are_counted_and_every_scan_has_its_line(plans, capsys):
     assert first[7] == "14-24/336-480/6720"
 
 
+def test_a_block_with_several_scans_has_a_line_for_each(tmp_path, capsys):
+    stock = json.loads((PLANS / "isotropic.json").read_text())
+    path = tmp_path / "heads.json"
+    path.write_text(json.dumps(derive_plans(stock, Request("mhsvm", options=SMALL))))
+    rows = [line.split() for line in run(capsys, "--plans", path)[4:]]
+    blocks = [name.partition(".heads.")[0] for name, *_ in rows]
+    assert {blocks.count(block) for block in blocks} == {4}
+    assert [row[5] for row in rows[:4]] == ["mhs_c6", "mhs_x6", "mhs_s6", "mhs_z6"]
+
+
 def test_a_line_per_route(plans, capsys):
     lines = run(capsys, "--plans", plans, "--by-route", "--routes", "dhw", "hwd:reset=line")
     rows = [line.split() for line in lines[4:]]
@@ -170,7 +180,7 @@ def test_no_code_in_a_checkpoint_is_run(plans, tmp_path, capsys):
     ("arguments", "message"),
     [
         ([], "name a network, e.g. `medmamba info vmunet`"),
-        (["vmnet"], "no network 'vmnet'; known: vmunet"),
+        (["vmnet"], "no network 'vmnet'; known: "),
         (["--plans", PLANS / "isotropic.json"], "name a network"),
         (["vmunet", "--plans", "nowhere.json"], "nowhere.json is missing"),
         (["vmunet", "--plans", PLANS / "README.md"], "cannot be read"),
