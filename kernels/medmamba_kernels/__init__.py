@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .backends import BACKENDS, BackendError, choose_backend
+from .inputs import BadStepError
 from .ops import selective_scan, selective_scan_with_state
 from .reference import selective_scan_reference
 from .routes import ROUTE_SETS, Route, parse_route, resolve_routes
@@ -11,6 +12,7 @@ __all__ = [
     "BACKENDS",
     "ROUTE_SETS",
     "BackendError",
+    "BadStepError",
     "Route",
     "choose_backend",
     "parse_route",

@@ -96,7 +96,11 @@ class ScanInputs:
         )
 
 
-def bad_step_error(inputs: ScanInputs, dt: Tensor, dt_bias: Tensor | None) -> ValueError:
+class BadStepError(ValueError):
+    """A step size is negative, NaN or infinite; the text says where and what to look for."""
+
+
+def bad_step_error(inputs: ScanInputs, dt: Tensor, dt_bias: Tensor | None) -> BadStepError:
     """What is wrong with a step size that is negative, NaN or infinite, and where the first one is.
 
     Args:
@@ -113,10 +117,10 @@ def bad_step_error(inputs: ScanInputs, dt: Tensor, dt_bias: Tensor | None) -> Va
     where = bad.nonzero()
     after = " after bias and softplus" if inputs.dt_softplus else " after bias"
     if not len(where):  # a rounding apart: the kernel saw one, this did not
-        return ValueError(f"dt must be finite and not negative{after}")
+        return BadStepError(f"dt must be finite and not negative{after}")
     sample, token, route, column = where[0].tolist()
     name = "head" if inputs.heads is not None else "channel"
-    return ValueError(
+    return BadStepError(
         f"dt must be finite and not negative{after}; {len(where)} of {steps.numel()} steps are not, the first at "
         f"sample {sample}, token {token}, route {route}, {name} {column}: {steps[sample, token, route, column]:g}. "
         "Look for NaN or infinity in the input volume and in the weights before the scan"

@@ -73,8 +73,9 @@ def selective_scan(
         float32: the sum over routes and states leaves the range of float16 in practice.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, an unknown route, merge or backend; on the CPU also a
-            step d_t that is negative, NaN or infinite (elsewhere that would cost a wait for the device: it spreads).
+        ValueError: shapes, dtypes or devices that do not fit, an unknown route, merge or backend.
+        BadStepError: on the CPU, a step d_t that is negative, NaN or infinite (elsewhere the answer would cost a wait
+            for the device: it spreads). A ValueError too.
         BackendError: the named backend cannot run here.
 
     Source: Gu & Dao, "Mamba", 2023, arXiv:2312.00752, eq. 2 and section 3.2 (Euler step on B, exponential on A);

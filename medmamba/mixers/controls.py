@@ -11,8 +11,9 @@ up with a linear map of low rank between the channels of a token, to less than t
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,23 +35,11 @@ class ShuffledCore(ScanCore):
     Arguments and parameters are those of :class:`medmamba.mixers.scan.ScanCore`; of ``routes`` only the number counts.
     """
 
-    def __init__(
-        self,
-        width: int,
-        *,
-        d_state: int,
-        dt_rank: int,
-        routes: str | Sequence[str],
-        kernel_size: Sequence[int] = (3, 3, 3),
-        dt_range: DtRange = None,
-    ):
+    def __init__(self, width: int, *, routes: str | Sequence[str], **options: Any):
         shuffled = Route(curve="shuffle")
         both = [str(shuffled), str(shuffled.reversed())]
         count = len(resolve_routes(routes))
-        chosen = [both[k * 2 // count] for k in range(count)]
-        super().__init__(
-            width, d_state=d_state, dt_rank=dt_rank, routes=chosen, kernel_size=kernel_size, dt_range=dt_range
-        )
+        super().__init__(width, routes=[both[k * 2 // count] for k in range(count)], **options)
 
 
 class WindowedCore(ScanCore):
@@ -60,23 +49,12 @@ class WindowedCore(ScanCore):
     reset of their own, e.g. ``dhw:reset=64``, which stay as they are.
     """
 
-    def __init__(
-        self,
-        width: int,
-        *,
-        d_state: int,
-        dt_rank: int,
-        routes: str | Sequence[str],
-        kernel_size: Sequence[int] = (3, 3, 3),
-        dt_range: DtRange = None,
-    ):
+    def __init__(self, width: int, *, routes: str | Sequence[str], **options: Any):
         windows = [
             str(replace(route, reset=str(WINDOW)) if route.reset == "volume" else route)
             for route in resolve_routes(routes)
         ]
-        super().__init__(
-            width, d_state=d_state, dt_rank=dt_rank, routes=windows, kernel_size=kernel_size, dt_range=dt_range
-        )
+        super().__init__(width, routes=windows, **options)
 
 
 class LTICore(nn.Module):
@@ -103,8 +81,10 @@ class LTICore(nn.Module):
         routes: str | Sequence[str],
         kernel_size: Sequence[int] = (3, 3, 3),
         dt_range: DtRange = None,
+        fusion: Callable[[Tensor], Tensor] | None = None,
     ):
         super().__init__()
+        self.fusion = fusion
         self.routes = resolve_routes(routes)
         count = len(self.routes)
         self.dt_bias = exempt_from_decay(nn.Parameter(inverse_softplus_of_log_uniform(width, count, dt_range)))
@@ -123,7 +103,8 @@ class LTICore(nn.Module):
         count, states = self.B.shape
         tokens = (batch, length, count)
         y = selective_scan(
-            u,
+            # As in ScanCore: what sets the routes apart is small against what they share.
+            u if self.fusion is None else u.to(torch.promote_types(u.dtype, torch.float32)),
             # The step sizes are those of the bias alone; as a product of rank 1 with zeros they stay small.
             u.new_zeros(1, 1, 1, 1).expand(*tokens, 1),
             -torch.exp(self.A_log),
@@ -134,8 +115,9 @@ class LTICore(nn.Module):
             grid=grid,
             dt_bias=self.dt_bias,
             dt_weight=u.new_zeros(count, width, 1),
+            merge="sum" if self.fusion is None else "none",
         )
-        return y + self.top_up(u)
+        return (y if self.fusion is None else self.fusion(y)) + self.top_up(u)
 
 
 class DepthwiseCore(nn.Module):
@@ -144,7 +126,8 @@ class DepthwiseCore(nn.Module):
     The kernel is k along every axis that the network's own convolutions have at this place, k odd and as large as fits
     (7 for six routes of 16 states in 3D, 5 for one state); what is left goes into a linear map of low rank.
 
-    Args: those of :class:`medmamba.mixers.scan.ScanCore`; ``kernel_size`` says which axes there are.
+    Args: those of :class:`medmamba.mixers.scan.ScanCore`; ``kernel_size`` says which axes there are. There is nothing
+        to fuse: one convolution stands for all routes.
     """
 
     def __init__(
@@ -156,6 +139,7 @@ class DepthwiseCore(nn.Module):
         routes: str | Sequence[str],
         kernel_size: Sequence[int] = (3, 3, 3),
         dt_range: DtRange = None,
+        fusion: Callable[[Tensor], Tensor] | None = None,
     ):
         super().__init__()
         budget = scan_parameters(width, d_state, dt_rank, len(resolve_routes(routes)))

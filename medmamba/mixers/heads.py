@@ -20,8 +20,10 @@ class MultiHeadCore(nn.Module):
 
     Args:
         width: E.
-        core: builds the mixer of one head from ``(s, dt_rank=..., routes=...)``; dt_rank is ceil(s / 16).
+        core: builds the mixer of one head from ``(s, dt_rank=..., routes=..., kernel_size=...)``; dt_rank is
+            ceil(s / 16).
         routes: one entry per head, handed to its core.
+        kernel_size: of the network's convolutions at this place, per axis.
 
     Raises:
         ValueError: no head, or more heads than channels.
@@ -29,7 +31,14 @@ class MultiHeadCore(nn.Module):
     Source: Ji, "MHS-VM", 2024, arXiv:2406.05992 (multi-head scan module).
     """
 
-    def __init__(self, width: int, *, core: Callable[..., nn.Module], routes: Sequence[str | Sequence[str]]):
+    def __init__(
+        self,
+        width: int,
+        *,
+        core: Callable[..., nn.Module],
+        routes: Sequence[str | Sequence[str]],
+        kernel_size: Sequence[int] = (3, 3, 3),
+    ):
         super().__init__()
         count = len(routes)
         if not 1 <= count <= width:
@@ -38,7 +47,9 @@ class MultiHeadCore(nn.Module):
         joined = count * self.head_width
         self.split_proj = nn.Linear(width, joined, bias=False)
         rank = math.ceil(self.head_width / 16)
-        self.heads = nn.ModuleList(core(self.head_width, dt_rank=rank, routes=each) for each in routes)
+        self.heads = nn.ModuleList(
+            core(self.head_width, dt_rank=rank, routes=each, kernel_size=kernel_size) for each in routes
+        )
         self.norm = nn.LayerNorm(joined)
         self.join_proj = nn.Linear(joined, width, bias=False)
 

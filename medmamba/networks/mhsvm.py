@@ -49,7 +49,7 @@ class MHSBlock(nn.Module):
         self,
         width: int,
         *,
-        mixer: Callable[[int], nn.Module],
+        mixer: Callable[..., nn.Module],
         kernel_size: Sequence[int],
         drop_path: float,
         has_out_projection: bool,
@@ -59,7 +59,7 @@ class MHSBlock(nn.Module):
         self.in_proj = nn.Linear(width, 2 * width, bias=False)
         self.conv = conv(width, width, kernel_size, groups=width)
         self.act = nn.SiLU()
-        self.mixer = mixer(width)
+        self.mixer = mixer(width, kernel_size=kernel_size)
         self.out_norm = nn.LayerNorm(width)
         self.out_proj = nn.Linear(width, width, bias=False) if has_out_projection else nn.Identity()
         self.drop_path = DropPath(drop_path)

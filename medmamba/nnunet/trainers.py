@@ -29,6 +29,7 @@ from medmamba.nnunet.architecture import ArchitectureError, architecture_block, 
 from medmamba.nnunet.errors import UserFacingError
 from medmamba.nnunet.files import write_atomically
 from medmamba.nnunet.schedule import Schedule
+from medmamba_kernels import BadStepError
 
 
 class NonFiniteLossError(UserFacingError, RuntimeError):
@@ -118,19 +119,25 @@ class MambaTrainer(nnUNetTrainer):
         """One iteration of nnU-Net, in bfloat16 where the GPU has it.
 
         Raises:
-            NonFiniteLossError: the loss is NaN or infinite.
+            NonFiniteLossError: the loss is NaN or infinite, or a step size of a scan is.
         """
-        with self._autocast_default():
-            result = super().train_step(batch)
+        try:
+            with self._autocast_default():
+                result = super().train_step(batch)
+        except BadStepError as error:
+            raise self._not_finite(batch, f"a scan stopped ({error})") from error
         if not np.all(np.isfinite(result["loss"])):
-            raise NonFiniteLossError(
-                f"the training loss is {float(result['loss'])} at epoch {self.current_epoch}, iteration "
-                f"{self.iteration} (cases {', '.join(map(str, batch.get('keys', ['unknown'])))}); training stops and "
-                f"the checkpoints of earlier epochs in {self.output_folder} stay. Look for NaN or extreme values in "
-                "these cases; if they are sound, plan a lower learning rate (--lr) or a warm-up (--warmup-epochs)"
-            )
+            raise self._not_finite(batch, f"the training loss is {float(result['loss'])}")
         self.iteration += 1
         return result
+
+    def _not_finite(self, batch: dict[str, Any], what: str) -> NonFiniteLossError:
+        return NonFiniteLossError(
+            f"{what} at epoch {self.current_epoch}, iteration {self.iteration} "
+            f"(cases {', '.join(map(str, batch.get('keys', ['unknown'])))}); training stops and the checkpoints of "
+            f"earlier epochs in {self.output_folder} stay. Look for NaN or extreme values in these cases; if they are "
+            "sound, plan a lower learning rate (--lr) or a warm-up (--warmup-epochs)"
+        )
 
     def validation_step(self, batch: dict[str, Any]) -> dict[str, Any]:
         with self._autocast_default():

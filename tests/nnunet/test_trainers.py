@@ -100,7 +100,14 @@ def test_a_loss_that_is_not_finite_stops_with_the_cases(trainer, batch):
     trainer.initialize()
     trainer.train_step(batch)
     batch["data"][0, 0, 0, 0, 0] = float("nan")
-    with pytest.raises(NonFiniteLossError, match=r"is nan at epoch 0, iteration 1 \(cases case_a, case_b\)"):
+    with pytest.raises(NonFiniteLossError, match=r"a scan stopped.* at epoch 0, iteration 1 \(cases case_a, case_b\)"):
+        trainer.train_step(batch)
+
+
+def test_a_loss_that_overflows_stops_with_the_cases(trainer, batch):
+    trainer.initialize()
+    trainer.loss = lambda output, target: output[0].sum() * float("inf")
+    with pytest.raises(NonFiniteLossError, match=r"loss is (nan|-?inf) at epoch 0, iteration 0 \(cases case_a, case_b"):
         trainer.train_step(batch)
 
 
