@@ -68,7 +68,7 @@ def _line(row: dict[str, Any]) -> str:
     if row["note"]:
         return f"{start} {row['note']}"
     return (
-        f"{start} {row['p50_ms']:>10.2f} {row['ns_per_element']:>8.4g} {row['memory_floor_ms']:>9.3g} "
+        f"{start} {row['p50_ms']:>10.3f} {row['ns_per_element']:>8.4g} {row['memory_floor_ms']:>9.3g} "
         f"{row['peak_mib']:>9}"
     )
 
@@ -83,8 +83,10 @@ def _device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise CommandError(f"--device must be cpu or cuda, not {name}")
     if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise CommandError("--device cuda: torch sees no CUDA device here")
+        device = torch.device("cuda", device.index or 0)
+        if device.index >= torch.cuda.device_count():
+            raise CommandError(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices here")
+        # Events and launches go to the current device.
         torch.cuda.set_device(device)
     return device
 

@@ -288,7 +288,7 @@ def _mamba_ssm(x: Tensor, s: Sequences) -> Tensor:
     batch, routes, channels, length = x.shape
     y: Tensor = selective_scan_fn(
         x.reshape(batch, routes * channels, length),
-        s.dt.view(batch, routes * channels, length),
+        s.dt.reshape(batch, routes * channels, length),
         s.A.reshape(routes * channels, -1),
         s.B,
         s.C,
@@ -296,7 +296,7 @@ def _mamba_ssm(x: Tensor, s: Sequences) -> Tensor:
         delta_bias=s.dt_bias.reshape(-1),
         delta_softplus=True,
     )
-    return y.view(x.shape)
+    return y.reshape(x.shape)
 
 
 def _compiled(x: Tensor, s: Sequences) -> Tensor:

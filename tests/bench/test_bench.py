@@ -268,6 +268,7 @@ def test_the_command_writes_what_it_measured(tmp_path, capsys):
         (["--peers", "flash"], "no peer 'flash'; known: published, mambapy, compiled, mamba_ssm"),
         (["--peers", "mamba_ssm"], "peer mamba_ssm cannot be timed: mamba_ssm needs a CUDA device"),
         (["--device", "meta"], "--device must be cpu or cuda"),
+        (["--device", "cuda:99"], "--device cuda:99: torch sees"),
         (["--device", "nothing"], "--device must be cpu or cuda"),
         (["--from", "x.csv"], "--from needs --plot"),
         (["--from", "nowhere.csv", "--plot", "x.png"], "nowhere.csv is not a file"),
