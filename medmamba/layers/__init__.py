@@ -7,14 +7,17 @@ from .convolution import ConvBlock, conv, conv_transpose, same_padding
 from .drop_path import DropPath, drop_path_rates
 from .parameters import exempt_from_decay, parameter_groups
 from .resample import PatchEmbed, PatchExpand, PatchMerge
+from .vss import SS2D, VSSBlock
 
 __all__ = [
+    "SS2D",
     "ChannelsLast",
     "ConvBlock",
     "DropPath",
     "PatchEmbed",
     "PatchExpand",
     "PatchMerge",
+    "VSSBlock",
     "conv",
     "conv_transpose",
     "drop_path_rates",

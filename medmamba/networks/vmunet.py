@@ -13,7 +13,6 @@ On a depth-1 volume (or an image) the faithful geometry equals the released 2D o
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -21,11 +20,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from medmamba.layers import (
+    SS2D,
     ChannelsLast,
-    DropPath,
     PatchEmbed,
     PatchExpand,
     PatchMerge,
+    VSSBlock,
     conv,
     drop_path_rates,
 )
@@ -45,51 +45,6 @@ from .unet import check_divisible, total_strides
 
 GEOMETRIES = ("native", "faithful")
 _HEAD_FEATURES_PER_WIDTH = 4  # the published final expansion maps 96 channels to 24
-
-
-class SS2D(nn.Module):
-    """VMamba v0's operator: gate, depthwise convolution, scan along K routes, LayerNorm.
-
-    x -> in-projection to (u, z); u -> depthwise convolution, SiLU, core; LayerNorm(u) * SiLU(z) -> out-projection.
-    (B, *spatial, d) -> same. The name is the literature's; it works in 2D and 3D.
-
-    Args:
-        width: d.
-        core: builds the token mixer from ``(expanded width, dt_rank=..., kernel_size=...)``.
-        kernel_size: of the depthwise convolution, per axis.
-        expand: E / d.
-    """
-
-    def __init__(self, width: int, *, core: Callable[..., nn.Module], kernel_size: Sequence[int], expand: float):
-        super().__init__()
-        inner = int(expand * width)
-        self.in_proj = nn.Linear(width, 2 * inner, bias=False)
-        self.conv = conv(inner, inner, kernel_size, groups=inner)
-        self.act = nn.SiLU()
-        self.core = core(inner, dt_rank=math.ceil(width / 16), kernel_size=kernel_size)
-        self.norm = nn.LayerNorm(inner)
-        self.out_proj = nn.Linear(inner, width, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        u, z = self.in_proj(x).chunk(2, dim=-1)
-        u = self.act(self.conv(u.movedim(-1, 1)).movedim(1, -1))
-        batch, *spatial, inner = u.shape
-        depth, height, width = (1,) * (3 - len(spatial)) + tuple(spatial)
-        y = self.core(u.reshape(batch, -1, inner), (depth, height, width)).view(u.shape)
-        return self.out_proj(self.norm(y) * self.act(z))
-
-
-class VSSBlock(nn.Module):
-    """x + DropPath(SS2D(LayerNorm(x))), channels last; no feed-forward part (VMamba v0)."""
-
-    def __init__(self, width: int, *, ss2d: Callable[..., nn.Module], kernel_size: Sequence[int], drop_path: float):
-        super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.ss2d = ss2d(width, kernel_size=kernel_size)
-        self.drop_path = DropPath(drop_path)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.drop_path(self.ss2d(self.norm(x)))
 
 
 def vmunet(

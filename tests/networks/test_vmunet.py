@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+from medmamba.layers import SS2D, VSSBlock
 from medmamba.mixers.scan import ScanCore
 from medmamba.networks import create_network
-from medmamba.networks.vmunet import SS2D, VSSBlock
 from medmamba_kernels.testing import assert_close
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
