@@ -14,7 +14,16 @@ from medmamba.layers import ChannelsLast, ConvBlock, PatchExpand, PatchMerge, co
 
 from .unet import AddSkip, Decoder, Encoder, UNet
 
-Resample = Callable[[int, int, Sequence[int]], nn.Module]
+#: (width in, width out, stride, kernel of the coarser of the two stages) -> channels-last module.
+Resample = Callable[[int, int, Sequence[int], Sequence[int]], nn.Module]
+
+
+def _merge(in_channels: int, out_channels: int, stride: Sequence[int], kernel_size: Sequence[int]) -> nn.Module:
+    return PatchMerge(in_channels, out_channels, stride)
+
+
+def _expand(in_channels: int, out_channels: int, stride: Sequence[int], kernel_size: Sequence[int]) -> nn.Module:
+    return PatchExpand(in_channels, out_channels, stride)
 
 
 def native_unet(
@@ -31,8 +40,8 @@ def native_unet(
     first_scan: int,
     drop_path_rate: float,
     deep_supervision: bool,
-    down: Resample = PatchMerge,
-    up: Resample = PatchExpand,
+    down: Resample = _merge,
+    up: Resample = _expand,
     fuse: Callable[[int], nn.Module] | None = None,
 ) -> UNet:
     """A U-Net of convolutions above ``first_scan`` and of ``block`` from there on.
@@ -50,9 +59,11 @@ def native_unet(
         first_scan: first stage with these blocks.
         drop_path_rate: stochastic depth, rising to this over the encoder's blocks and falling to 0 over the decoder's.
         deep_supervision: see :class:`medmamba.networks.unet.Decoder`.
-        down: ``down(width in, width out, stride)`` into a stage with these blocks, channels last.
-        up: the same on the way up, into a level with these blocks.
-        fuse: joins the upsampled feature of a level, (B, width, *spatial), with the skip; default addition.
+        down: ``down(width in, width out, stride, kernel of the coarser stage)`` into a stage with these blocks,
+            channels last; default patch merging.
+        up: the same on the way up, into a level with these blocks; default patch expanding.
+        fuse: ``fuse(width)`` joins the upsampled feature of a level with these blocks, (B, width, *spatial), with the
+            skip; default addition, which the levels of convolutions always use.
     """
     ndim, levels = len(strides[0]), len(strides) - 1
     scan_depths = [depth if i >= first_scan else 0 for i, depth in enumerate(depths)]
@@ -69,12 +80,12 @@ def native_unet(
     def go_down(i: int) -> nn.Module:
         if i < first_scan:
             return ConvBlock(widths[i - 1], widths[i], kernels[i], stride=strides[i])
-        return ChannelsLast(down(widths[i - 1], widths[i], strides[i]))
+        return ChannelsLast(down(widths[i - 1], widths[i], strides[i], kernels[i]))
 
     def go_up(i: int) -> nn.Module:
         if i < first_scan:
             return conv_transpose(widths[i + 1], widths[i], strides[i + 1])
-        return ChannelsLast(up(widths[i + 1], widths[i], strides[i + 1]))
+        return ChannelsLast(up(widths[i + 1], widths[i], strides[i + 1], kernels[i + 1]))
 
     encoder = Encoder(
         stem=ConvBlock(input_channels, widths[0], kernels[0]),
@@ -83,7 +94,7 @@ def native_unet(
     )
     decoder = Decoder(
         ups=[go_up(i) for i in range(levels)],
-        fuses=[AddSkip() if fuse is None else fuse(widths[i]) for i in range(levels)],
+        fuses=[AddSkip() if fuse is None or i < first_scan else fuse(widths[i]) for i in range(levels)],
         stages=[stage(i, decoder_depths[i], decoder_rates[i], decoder_block or block) for i in range(levels)],
         seg_layers=[conv(widths[i], num_classes, [1] * ndim) for i in range(levels)],
         deep_supervision=deep_supervision,

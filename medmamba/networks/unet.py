@@ -10,7 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
+
+from medmamba.layers import conv
 
 
 class Encoder(nn.Module):
@@ -47,6 +50,29 @@ class AddSkip(nn.Module):
         return x + skip
 
 
+class ConcatSkip(nn.Module):
+    """Concatenates (upsampled, skip) and projects back to the width of one: a 1^n convolution with bias.
+
+    Args:
+        width: channels of either.
+        ndim: spatial axes.
+    """
+
+    def __init__(self, width: int, ndim: int):
+        super().__init__()
+        self.project = conv(2 * width, width, [1] * ndim)
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        return self.project(torch.cat([x, skip], dim=1))
+
+
+class NoSkip(nn.Module):
+    """The upsampled feature alone, for a level whose skip a network does not use."""
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        return x
+
+
 class Decoder(nn.Module):
     """Upsampling, fusion with the skip, stage; one head per level.
 
@@ -56,7 +82,7 @@ class Decoder(nn.Module):
         ups: ``ups[i]`` leads from level i + 1 to level i.
         fuses: ``fuses[i](upsampled, skip)``.
         stages: blocks of level i, after the fusion.
-        seg_layers: 1x1 heads to class logits.
+        seg_layers: 1x1 heads to class logits; fewer than levels if only the finest ones have a head.
         deep_supervision: return all levels' logits (finest first) instead of the finest only.
     """
 
@@ -70,9 +96,9 @@ class Decoder(nn.Module):
         deep_supervision: bool,
     ):
         super().__init__()
-        if not len(ups) == len(fuses) == len(stages) == len(seg_layers):
+        if not len(ups) == len(fuses) == len(stages) >= len(seg_layers) >= 1:
             counts = f"{len(ups)}, {len(fuses)}, {len(stages)}, {len(seg_layers)}"
-            raise ValueError(f"ups, fuses, stages and seg_layers must be equally many, got {counts}")
+            raise ValueError(f"ups, fuses and stages must be equally many, seg_layers 1 up to as many, got {counts}")
         self.ups = nn.ModuleList(ups)
         self.fuses = nn.ModuleList(fuses)
         self.stages = nn.ModuleList(stages)
@@ -85,7 +111,7 @@ class Decoder(nn.Module):
         logits: list[Tensor] = []
         for level in reversed(range(len(self.stages))):
             x = self.stages[level](self.fuses[level](self.ups[level](x), features[level]))
-            if self.deep_supervision or level == 0:
+            if level == 0 or (self.deep_supervision and level < len(self.seg_layers)):
                 logits.append(self.seg_layers[level](x))
         return logits[::-1] if self.deep_supervision else logits[-1]
 
