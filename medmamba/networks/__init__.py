@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import nn
 
-from . import mhsvm, vmunet
+from . import mhsvm, msvmunet, vmunet
 from .spec import NetworkSpec, Paper
 
-NETWORKS: dict[str, NetworkSpec] = {spec.name: spec for spec in (mhsvm.SPEC, vmunet.SPEC)}
+NETWORKS: dict[str, NetworkSpec] = {spec.name: spec for spec in (mhsvm.SPEC, msvmunet.SPEC, vmunet.SPEC)}
 
 
 def get_spec(name: str) -> NetworkSpec:

@@ -210,6 +210,22 @@ class nnUNetTrainerMHSVM_250epochs(nnUNetTrainerMHSVM):
     epochs = 250
 
 
+class nnUNetTrainerMSVMUNet(MambaTrainer):
+    network_name = "msvmunet"
+
+
+class nnUNetTrainerMSVMUNet_5epochs(nnUNetTrainerMSVMUNet):
+    epochs = 5
+
+
+class nnUNetTrainerMSVMUNet_50epochs(nnUNetTrainerMSVMUNet):
+    epochs = 50
+
+
+class nnUNetTrainerMSVMUNet_250epochs(nnUNetTrainerMSVMUNet):
+    epochs = 250
+
+
 TRAINERS: dict[str, type[MambaTrainer]] = {
     trainer.__name__: trainer
     for trainer in (
@@ -221,6 +237,10 @@ TRAINERS: dict[str, type[MambaTrainer]] = {
         nnUNetTrainerMHSVM_5epochs,
         nnUNetTrainerMHSVM_50epochs,
         nnUNetTrainerMHSVM_250epochs,
+        nnUNetTrainerMSVMUNet,
+        nnUNetTrainerMSVMUNet_5epochs,
+        nnUNetTrainerMSVMUNet_50epochs,
+        nnUNetTrainerMSVMUNet_250epochs,
     )
 }
 

@@ -59,13 +59,14 @@ def test_a_bad_schedule_in_the_plans_stops_before_training(make_trainer, tiny_pl
         make_trainer("nnUNetTrainerVMUNet", tiny_plans)
 
 
+@pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("configuration", ["2d", "3d_fullres"])
-def test_stock_plans_get_our_network_and_stay_as_they_are(configuration, make_trainer, stock_plans):
+def test_stock_plans_get_our_network_and_stay_as_they_are(network, configuration, make_trainer, stock_plans):
     before = deepcopy(stock_plans)
-    trainer = make_trainer("nnUNetTrainerVMUNet", stock_plans, configuration)
+    trainer = make_trainer(trainer_name(network), stock_plans, configuration)
     assert stock_plans == before
     derived = trainer.plans_manager.plans
-    assert network_of(derived["configurations"][configuration]["architecture"]) == "vmunet"
+    assert network_of(derived["configurations"][configuration]["architecture"]) == network
     assert derived["plans_name"] == before["plans_name"]
     assert trainer.configuration_manager.data_identifier == before["configurations"][configuration]["data_identifier"]
 
