@@ -6,21 +6,29 @@ from .channels_last import ChannelsLast
 from .convolution import ConvBlock, conv, conv_transpose, same_padding
 from .drop_path import DropPath, drop_path_rates
 from .feed_forward import FeedForward
+from .mednext import ChannelNorm, InstanceGroupNorm, MedNeXtBlock, MedNeXtDown, MedNeXtUp, upkern
 from .parameters import exempt_from_decay, parameter_groups
+from .position import SinCosPosition
 from .resample import ConvDown, LargeKernelExpand, PatchEmbed, PatchExpand, PatchMerge
 from .vss import SS2D, VSSBlock
 
 __all__ = [
     "SS2D",
+    "ChannelNorm",
     "ChannelsLast",
     "ConvBlock",
     "ConvDown",
     "DropPath",
     "FeedForward",
+    "InstanceGroupNorm",
     "LargeKernelExpand",
+    "MedNeXtBlock",
+    "MedNeXtDown",
+    "MedNeXtUp",
     "PatchEmbed",
     "PatchExpand",
     "PatchMerge",
+    "SinCosPosition",
     "VSSBlock",
     "conv",
     "conv_transpose",
@@ -28,4 +36,5 @@ __all__ = [
     "exempt_from_decay",
     "parameter_groups",
     "same_padding",
+    "upkern",
 ]

@@ -1,8 +1,8 @@
 """Token mixers: what happens between the tokens of a scan stage.
 
-A *core* maps (B, L, C) tokens of a (D, H, W) grid to tokens of the same shape. Every network takes the name of a
-core as ``ssm_mode``, so each scan network has its controls: the same network with the scan replaced. A core is built
-from ``(width, *, d_state, dt_rank, routes, dt_range=None, fusion=None)`` and ignores what it has no use for.
+A *core* maps (B, L, C) tokens of a (D, H, W) grid to tokens of the same shape. Every network with scans takes the
+name of a core as ``ssm_mode``, so each has its controls: the same network with the scan replaced. A core is built from
+``(width, *, d_state, dt_rank, routes, kernel_size=..., dt_range=None, fusion=None)`` and ignores what it has no use for.
 
 :class:`MultiHeadCore` puts several cores side by side; :class:`GatedFusion` is a ``fusion``.
 """
@@ -15,6 +15,7 @@ from .controls import DepthwiseCore, LTICore, ShuffledCore, WindowedCore
 from .fusion import GatedFusion, rescaled_threshold
 from .heads import MultiHeadCore
 from .identity import IdentityCore
+from .mamba import Mamba, MambaLayer
 from .placed import PlacedScan, initialise_step_sizes, placed_scans
 from .scan import ScanCore
 
@@ -45,6 +46,8 @@ __all__ = [
     "GatedFusion",
     "IdentityCore",
     "LTICore",
+    "Mamba",
+    "MambaLayer",
     "MultiHeadCore",
     "PlacedScan",
     "ScanCore",
