@@ -31,6 +31,13 @@ def fold_rows(dataset: Path, predictions: Path | None) -> list[dict[str, Any]]:
     return [fold_row(path, predictions) for path in summaries]
 
 
+def has_scans(architecture: dict[str, Any]) -> bool:
+    """Whether an architecture block names a network of ours with scans, which runs them unless it says otherwise."""
+    from medmamba.networks import NETWORKS
+
+    return any(spec.has_scans for spec in NETWORKS.values() if spec.build == architecture["network_class_name"])
+
+
 def fold_row(summary: Path, predictions: Path | None) -> dict[str, Any]:
     fold, model = summary.parents[1], summary.parents[2]
     trainer, plans_name, configuration = model.name.split("__")
@@ -43,7 +50,7 @@ def fold_row(summary: Path, predictions: Path | None) -> dict[str, Any]:
     row: dict[str, Any] = {
         "dataset": model.parent.name,
         "network": architecture["network_class_name"].rpartition(".")[2],
-        "ssm_mode": architecture["arch_kwargs"].get("ssm_mode", "scan" if "medmamba" in plans else ""),
+        "ssm_mode": architecture["arch_kwargs"].get("ssm_mode", "scan" if has_scans(architecture) else ""),
         "trainer": trainer,
         "plans": plans_name,
         "configuration": configuration,

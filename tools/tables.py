@@ -21,8 +21,6 @@ MARKED = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end table -->
 # The example of every parameter count: 3D, 1 input channel, 3 classes, six stages.
 INPUT_CHANNELS, NUM_CLASSES = 1, 3
 STRIDES = [[1, 1, 1], *[[2, 2, 2]] * 5]
-# The published geometry starts with a patch embedding of stride 4 and has four stages.
-PUBLISHED_STRIDES = [[1, 1, 1], [4, 4, 4], *[[2, 2, 2]] * 3]
 
 
 def count_parameters(name: str, **kwargs: object) -> int:
@@ -43,7 +41,7 @@ def networks_table() -> str:
     for name in sorted(NETWORKS):
         spec = NETWORKS[name]
         native = count_parameters(name, strides=STRIDES)
-        published = count_parameters(name, strides=PUBLISHED_STRIDES, geometry="faithful")
+        published = count_parameters(name, strides=[[s] * 3 for s in spec.published_strides], geometry="faithful")
         paper = f"[{spec.paper.title}]({spec.paper.link}), {spec.paper.year}, {spec.paper.dimensions}D"
         changes = "<br>".join(f"{i}. {text}" for i, text in enumerate(spec.departures, start=1))
         rows.append([f"`{name}`", paper, _millions(native), _millions(published), changes])

@@ -110,11 +110,12 @@ def network_cases(name: str) -> Iterator[Case]:
     cases = []
     for scan in placed_scans(network, 1, USUAL_PATCH):
         routes = tuple(str(route) for route in scan.core.routes)
-        set_name = next(key for key, value in ROUTE_SETS.items() if value == routes)
+        set_name = next((key for key, value in ROUTE_SETS.items() if value == routes), None)
         label = f"{name} {'x'.join(map(str, scan.grid))}"
-        cases.append(Case(label, scan.grid, scan.core.D.shape[-1], scan.core.d_state, set_name))
-    if len({case.routes for case in cases}) > 1:  # heads with routes of their own
-        cases = [replace(case, name=f"{case.name} {case.routes}") for case in cases]
+        cases.append(Case(label, scan.grid, scan.core.D.shape[-1], scan.core.d_state, set_name or routes))
+    if len({case.routes for case in cases}) > 1:  # heads or layers with routes of their own
+        names = (case.routes if isinstance(case.routes, str) else " ".join(case.routes) for case in cases)
+        cases = [replace(case, name=f"{case.name} {routes}") for case, routes in zip(cases, names, strict=True)]
     yield from dict.fromkeys(cases)
 
 

@@ -1,8 +1,8 @@
 """Token mixers: what happens between the tokens of a scan stage.
 
 A *core* maps (B, L, C) tokens of a (D, H, W) grid to tokens of the same shape. Every network with scans takes the
-name of a core as ``ssm_mode``, so each has its controls: the same network with the scan replaced. A core is built from
-``(width, *, d_state, dt_rank, routes, kernel_size=..., dt_range=None, fusion=None)`` and ignores what it has no use for.
+name of a core as ``ssm_mode``, so each has its controls: the same network with the scan replaced. A core is built
+from ``(width, *, d_state, dt_rank, routes, kernel_size, dt_range=None, fusion=None)`` and takes what it needs.
 
 :class:`MultiHeadCore` puts several cores side by side; :class:`GatedFusion` is a ``fusion``.
 """

@@ -8,10 +8,15 @@ from typing import Any
 
 from torch import nn
 
-from . import mhsvm, msvmunet, vmunet
+from . import mednext, mednextmamba, mhsvm, msvmunet, vmunet
 from .spec import NetworkSpec, Paper
 
-NETWORKS: dict[str, NetworkSpec] = {spec.name: spec for spec in (mhsvm.SPEC, msvmunet.SPEC, vmunet.SPEC)}
+#: Arguments that only networks with scans take.
+SCAN_ARGUMENTS = ("d_state", "dt_init", "routes", "ssm_mode")
+
+NETWORKS: dict[str, NetworkSpec] = {
+    spec.name: spec for spec in (mednext.SPEC, mednextmamba.SPEC, mhsvm.SPEC, msvmunet.SPEC, vmunet.SPEC)
+}
 
 
 def get_spec(name: str) -> NetworkSpec:
@@ -39,11 +44,15 @@ def create_network(
 
     Raises:
         KeyError: an unknown network.
+        ValueError: arguments of the scan for a network without one, or whatever the builder refuses.
     """
     spec = get_spec(name)
+    surplus = [] if spec.has_scans else [argument for argument in SCAN_ARGUMENTS if argument in kwargs]
+    if surplus:
+        raise ValueError(f"{name} has no scans, so it takes no {', '.join(surplus)}")
     module, _, function = spec.build.rpartition(".")
     build = getattr(importlib.import_module(module), function)
     return build(input_channels, num_classes, strides=strides, **{**spec.defaults, **kwargs})
 
 
-__all__ = ["NETWORKS", "NetworkSpec", "Paper", "create_network", "get_spec"]
+__all__ = ["NETWORKS", "SCAN_ARGUMENTS", "NetworkSpec", "Paper", "create_network", "get_spec"]

@@ -53,6 +53,20 @@ def per_stage(name: str, value: int | Sequence[int], stages: int) -> list[int]:
     return values
 
 
+def repeat_last(name: str, value: int | Sequence[int], stages: int) -> list[int]:
+    """One positive number per stage from a list that is read from the finest stage on, or from a number for all.
+
+    Deeper stages than the list has entries keep its last one; a network with fewer stages takes the first ones.
+
+    Raises:
+        ValueError: no number at all, or one below 1.
+    """
+    values = [value] if isinstance(value, int) else list(value)
+    if not values or any(v < 1 for v in values):
+        raise ValueError(f"{name} must be a number, or a list of numbers, of at least 1, got {value}")
+    return (values + values[-1:] * stages)[:stages]
+
+
 def require_length(name: str, values: Sequence[object], expected: int) -> None:
     """ValueError unless a list has one entry per stage."""
     if len(values) != expected:

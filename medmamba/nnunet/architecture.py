@@ -10,9 +10,6 @@ from typing import Any
 from medmamba.networks import NETWORKS, get_spec
 from medmamba.nnunet.errors import UserFacingError
 
-#: VM-UNet, MSVM-UNet and MHS-VM were all published with four stages behind the patch embedding.
-_FAITHFUL_STAGES = 4
-
 
 class ArchitectureError(UserFacingError, ValueError):
     """The plans and the wanted network do not fit together; the text says why and what to do."""
@@ -61,7 +58,7 @@ def architecture_block(
             "from plans of nnU-Net's PlainConvUNet or ResEnc planners"
         )
     chosen = {**spec.defaults, **(options or {})}
-    arguments = {**_shape(planned, chosen), **chosen}
+    arguments = {**_shape(planned, chosen, spec.published_strides), **chosen}
     return {
         "network_class_name": spec.build,
         "arch_kwargs": json.loads(json.dumps(arguments)),
@@ -69,14 +66,19 @@ def architecture_block(
     }
 
 
-def _shape(planned: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[str, Any]:
+def _shape(planned: Mapping[str, Any], chosen: Mapping[str, Any], published_strides: Sequence[int]) -> dict[str, Any]:
     """Strides, kernels and widths from nnU-Net's plan.
 
-    The faithful geometry opens with a patch embedding in place of nnU-Net's first two downsamplings (stride 4
-    where the plan is isotropic, as published), has at most the published four stages, and widths of its own.
+    The faithful geometry has at most the published number of stages and widths of its own. Where the published
+    network opens with a patch embedding, that replaces nnU-Net's first two downsamplings (stride 4 where the plan is
+    isotropic, as published).
     """
     strides = planned["strides"]
     kernels = planned.get("kernel_sizes")
+    last = len(published_strides)
+    if chosen.get("geometry") == "faithful" and published_strides[1] == 2:
+        shape = {"strides": strides[:last]}
+        return shape if kernels is None else {**shape, "kernel_sizes": kernels[:last]}
     if chosen.get("geometry") == "faithful":
         if len(strides) < 3:
             raise ArchitectureError(
@@ -84,7 +86,6 @@ def _shape(planned: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[str, A
                 f"{len(strides) - 1}; use --geometry native"
             )
         embedding = [first * second for first, second in zip(strides[1], strides[2], strict=True)]
-        last = 1 + _FAITHFUL_STAGES
         shape = {"strides": [strides[0], embedding, *strides[3:]][:last]}
         return shape if kernels is None else {**shape, "kernel_sizes": [kernels[0], *kernels[2:]][:last]}
     shape = {"strides": strides}

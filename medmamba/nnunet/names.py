@@ -10,7 +10,13 @@ from pathlib import Path
 EXT_TRAINER = "nnUNet_extTrainer"
 
 #: Network name in the registry -> its spelling inside trainer and plans names.
-HOUSE_NAMES = {"vmunet": "VMUNet", "mhsvm": "MHSVM", "msvmunet": "MSVMUNet"}
+HOUSE_NAMES = {
+    "vmunet": "VMUNet",
+    "mhsvm": "MHSVM",
+    "msvmunet": "MSVMUNet",
+    "mednext": "MedNeXt",
+    "mednextmamba": "MedNeXtMamba",
+}
 
 #: Suffix of a trainer name -> number of epochs. Other schedules are data in the plans.
 SHORT_SCHEDULES = {"_5epochs": 5, "_50epochs": 50, "_250epochs": 250}

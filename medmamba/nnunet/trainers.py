@@ -28,6 +28,7 @@ from medmamba.nnunet import optimisation
 from medmamba.nnunet.architecture import ArchitectureError, architecture_block, check_patch, network_of
 from medmamba.nnunet.errors import UserFacingError
 from medmamba.nnunet.files import write_atomically
+from medmamba.nnunet.names import SHORT_SCHEDULES
 from medmamba.nnunet.schedule import Schedule
 from medmamba_kernels import BadStepError
 
@@ -182,67 +183,38 @@ class nnUNetTrainerVMUNet(MambaTrainer):
     network_name = "vmunet"
 
 
-class nnUNetTrainerVMUNet_5epochs(nnUNetTrainerVMUNet):
-    epochs = 5
-
-
-class nnUNetTrainerVMUNet_50epochs(nnUNetTrainerVMUNet):
-    epochs = 50
-
-
-class nnUNetTrainerVMUNet_250epochs(nnUNetTrainerVMUNet):
-    epochs = 250
-
-
 class nnUNetTrainerMHSVM(MambaTrainer):
     network_name = "mhsvm"
-
-
-class nnUNetTrainerMHSVM_5epochs(nnUNetTrainerMHSVM):
-    epochs = 5
-
-
-class nnUNetTrainerMHSVM_50epochs(nnUNetTrainerMHSVM):
-    epochs = 50
-
-
-class nnUNetTrainerMHSVM_250epochs(nnUNetTrainerMHSVM):
-    epochs = 250
 
 
 class nnUNetTrainerMSVMUNet(MambaTrainer):
     network_name = "msvmunet"
 
 
-class nnUNetTrainerMSVMUNet_5epochs(nnUNetTrainerMSVMUNet):
-    epochs = 5
+class nnUNetTrainerMedNeXt(MambaTrainer):
+    network_name = "mednext"
 
 
-class nnUNetTrainerMSVMUNet_50epochs(nnUNetTrainerMSVMUNet):
-    epochs = 50
+class nnUNetTrainerMedNeXtMamba(MambaTrainer):
+    network_name = "mednextmamba"
 
 
-class nnUNetTrainerMSVMUNet_250epochs(nnUNetTrainerMSVMUNet):
-    epochs = 250
+def _with_short_schedules(*trainers: type[MambaTrainer]) -> dict[str, type[MambaTrainer]]:
+    """The trainers by name, each followed by its variants of fewer epochs, e.g. ``nnUNetTrainerVMUNet_5epochs``."""
+    named: dict[str, type[MambaTrainer]] = {}
+    for trainer in trainers:
+        named[trainer.__name__] = trainer
+        for suffix, epochs in SHORT_SCHEDULES.items():
+            name = trainer.__name__ + suffix
+            named[name] = type(name, (trainer,), {"epochs": epochs, "__module__": __name__})
+    return named
 
 
-TRAINERS: dict[str, type[MambaTrainer]] = {
-    trainer.__name__: trainer
-    for trainer in (
-        nnUNetTrainerVMUNet,
-        nnUNetTrainerVMUNet_5epochs,
-        nnUNetTrainerVMUNet_50epochs,
-        nnUNetTrainerVMUNet_250epochs,
-        nnUNetTrainerMHSVM,
-        nnUNetTrainerMHSVM_5epochs,
-        nnUNetTrainerMHSVM_50epochs,
-        nnUNetTrainerMHSVM_250epochs,
-        nnUNetTrainerMSVMUNet,
-        nnUNetTrainerMSVMUNet_5epochs,
-        nnUNetTrainerMSVMUNet_50epochs,
-        nnUNetTrainerMSVMUNet_250epochs,
-    )
-}
+TRAINERS = _with_short_schedules(
+    nnUNetTrainerVMUNet, nnUNetTrainerMHSVM, nnUNetTrainerMSVMUNet, nnUNetTrainerMedNeXt, nnUNetTrainerMedNeXtMamba
+)
+# nnU-Net and pickle look trainers up by the name of their module.
+globals().update(TRAINERS)
 
 
 def own_block(block: dict[str, Any], network: str) -> dict[str, Any]:

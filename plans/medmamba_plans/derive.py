@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pydoc import locate
 from typing import Any
 
-from medmamba.networks import get_spec
+from medmamba.networks import SCAN_ARGUMENTS, get_spec
 from medmamba.nnunet.architecture import ArchitectureError, architecture_block, check_patch, network_of
 from medmamba.nnunet.errors import UserFacingError
 from medmamba.nnunet.names import plans_name
@@ -55,14 +55,22 @@ class Request:
 
     def __post_init__(self) -> None:
         try:
-            presets = get_spec(self.network).presets
+            spec = get_spec(self.network)
         except KeyError as error:
             raise PlanError(error.args[0]) from error
+        presets = spec.presets
         if self.preset is not None and self.preset not in presets:
             known = ", ".join(presets) or "none"
             raise PlanError(f"network {self.network} has no preset {self.preset!r}; known: {known}")
         if self.dt_init not in DT_INITS:
             raise PlanError(f"unknown dt_init {self.dt_init!r}; known: {', '.join(DT_INITS)}")
+        surplus = [name for name in SCAN_ARGUMENTS if name in self.options]
+        surplus += ["dt_init"] if self.dt_init != "default" else []
+        if surplus and not spec.has_scans:
+            raise PlanError(
+                f"network {self.network} has no scans, so there is no {', '.join(surplus)} to choose; leave it out, or "
+                "plan a network with scans"
+            )
         if self.batch_size is not None and self.batch_size < 1:
             raise PlanError(f"batch size {self.batch_size} is not possible; use 1 or more (2 or more with few cases)")
         if self.name is None and not isinstance(self.options.get("routes", ""), str):

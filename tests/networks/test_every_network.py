@@ -9,11 +9,13 @@ import pytest
 import torch
 
 from medmamba.layers import DropPath, parameter_groups
-from medmamba.mixers import CORES
+from medmamba.mixers import CORES, placed_scans
 from medmamba.networks import NETWORKS, create_network, get_spec
 from medmamba.networks.unet import total_strides
 
-TINY = {"base_features": 8, "d_state": 2, "depths": 1, "decoder_depths": 1}
+TINY = {"base_features": 8, "depths": 1, "decoder_depths": 1}
+#: A network without scans has nothing that a control could replace; it refuses all of these.
+SCAN_OPTIONS = {"d_state": 2}
 PLANS = {
     "isotropic": ([[1, 1, 1], [2, 2, 2], [2, 2, 2], [2, 2, 2]], (16, 24, 16)),
     "thick slices": ([[1, 1, 1], [1, 2, 2], [2, 2, 2], [1, 2, 2]], (4, 16, 24)),
@@ -31,17 +33,37 @@ CASES = [(name, "native", plan) for name in NETWORKS for plan in PLANS]
 CASES += [(name, "faithful", plan) for name in NETWORKS for plan in FAITHFUL_PLANS]
 
 
+MODES = [(*case, mode) for case in CASES for mode in (sorted(CORES) if NETWORKS[case[0]].has_scans else [None])]
+
+
+def tiny(name: str, **kwargs):
+    return {**TINY, **(SCAN_OPTIONS if NETWORKS[name].has_scans else {}), **kwargs}
+
+
 def build(name: str, geometry: str, plan: str, **kwargs):
     strides, patch = (PLANS if geometry == "native" else FAITHFUL_PLANS)[plan]
-    network = create_network(name, 2, 3, strides=strides, geometry=geometry, **{**TINY, **kwargs})
+    network = create_network(name, 2, 3, strides=strides, geometry=geometry, **tiny(name, **kwargs))
     return network, torch.randn(1, 2, *patch), strides, patch
 
 
-@pytest.mark.parametrize("ssm_mode", sorted(CORES))
-@pytest.mark.parametrize(("name", "geometry", "plan"), CASES)
+def has_no_effect(key: str, plan: str, stages: int) -> bool:
+    """Parameters without effect by construction.
+
+    Biases in front of a norm over voxels; at a bottom of one voxel also the decay of the scan and what leads into
+    such a norm, which returns its bias there.
+    """
+    if key.endswith(("conv.bias", "conv1.bias")):
+        return True
+    deepest = (f"encoder.downs.{stages - 2}.", f"encoder.stages.{stages - 1}.", f"decoder.ups.{stages - 2}.")
+    silenced = key.startswith(deepest) and key.endswith(("conv1.weight", "norm.weight"))
+    return plan == "bottom of one voxel" and (key.endswith("A_log") or silenced)
+
+
+@pytest.mark.parametrize(("name", "geometry", "plan", "ssm_mode"), MODES)
 def test_every_parameter_gets_a_gradient_and_outputs_fit_the_plan(name, geometry, plan, ssm_mode):
     torch.manual_seed(0)
-    network, x, strides, patch = build(name, geometry, plan, deep_supervision=True, ssm_mode=ssm_mode)
+    mode = {} if ssm_mode is None else {"ssm_mode": ssm_mode}
+    network, x, strides, patch = build(name, geometry, plan, deep_supervision=True, **mode)
     for module in network.modules():
         if isinstance(module, DropPath):  # a branch that is dropped for all samples of a batch has none, by chance
             module.rate = 0.0
@@ -53,9 +75,14 @@ def test_every_parameter_gets_a_gradient_and_outputs_fit_the_plan(name, geometry
     without = [key for key, p in network.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
     assert without == []
     zero = [key for key, p in network.named_parameters() if not p.grad.any()]
-    # Without effect by construction: a convolution's bias in front of InstanceNorm, the decay of a single token.
-    inert = ("conv.bias", "A_log") if plan == "bottom of one voxel" else ("conv.bias",)
-    assert [key for key in zero if not key.endswith(inert)] == []
+    assert [key for key in zero if not has_no_effect(key, plan, len(strides))] == []
+    if plan == "isotropic":
+        network.zero_grad()
+        network.decoder.deep_supervision = False
+        (network(torch.cat([x, x.flip(-1)])) * torch.randn(2, 3, *patch)).sum().backward()
+        without = {key for key, p in network.named_parameters() if p.grad is None}
+        heads = {key for key, _ in network.named_parameters() if ".seg_layers." in key}
+        assert without == {key for key in heads if not key.startswith("decoder.seg_layers.0.")}
 
 
 @pytest.mark.parametrize("geometry", ["native", "faithful"])
@@ -103,7 +130,7 @@ def test_a_patch_that_does_not_fit_is_refused_with_one_that_does(name):
 @pytest.mark.parametrize("name", NETWORKS)
 def test_nnunet_can_locate_and_build_it_from_json(name):
     spec = get_spec(name)
-    arch_kwargs = json.loads(json.dumps({"strides": PLANS["isotropic"][0], **spec.defaults, **TINY}))
+    arch_kwargs = json.loads(json.dumps({"strides": PLANS["isotropic"][0], **spec.defaults, **tiny(name)}))
     build_network = pydoc.locate(spec.build)
     network = build_network(input_channels=1, num_classes=2, **arch_kwargs, deep_supervision=True)
     assert len(network(torch.zeros(1, 1, 8, 8, 8))) == 3
@@ -122,6 +149,24 @@ def test_weight_decay_spares_what_it_would_bend(name):
         must = key.endswith(("A_log", ".D", "dt_bias", ".bias")) or "norm" in key
         assert (key in spared) == must, key
     assert len(decayed["params"]) + len(exempt["params"]) == len(names)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_only_networks_with_scans_take_a_control(name):
+    strides, patch = PLANS["isotropic"]
+    network = create_network(name, 1, 2, strides=strides, **tiny(name))
+    assert bool(placed_scans(network, 1, patch)) == NETWORKS[name].has_scans
+    if not NETWORKS[name].has_scans:
+        with pytest.raises(ValueError, match=f"{name} has no scans, so it takes no ssm_mode"):
+            create_network(name, 1, 2, strides=strides, ssm_mode="identity")
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_preset_builds_in_two_and_three_dimensions(name):
+    for preset in NETWORKS[name].presets.values():
+        for plan in ("thick slices", "image"):
+            with torch.device("meta"):
+                create_network(name, 1, 2, strides=PLANS[plan][0], **preset)
 
 
 @pytest.mark.parametrize("name", NETWORKS)

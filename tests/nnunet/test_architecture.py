@@ -70,6 +70,15 @@ def test_faithful_opens_with_the_published_patch_embedding(stock_block):
     assert len(arguments["kernel_sizes"]) == len(arguments["strides"]) == len(stock["arch_kwargs"]["strides"]) - 1
 
 
+@pytest.mark.parametrize("network", ["mednext", "mednextmamba"])
+def test_faithful_keeps_five_stages_of_the_plan_where_no_patches_were_published(network, stock_block):
+    stock = stock_block("cascade", "3d_fullres")
+    arguments = architecture_block(network, stock, {"geometry": "faithful"})["arch_kwargs"]
+    assert arguments["strides"] == stock["arch_kwargs"]["strides"][:5]
+    assert arguments["kernel_sizes"] == stock["arch_kwargs"]["kernel_sizes"][:5]
+    assert "features_per_stage" not in arguments
+
+
 def test_a_foreign_network_is_nobodys(stock_block):
     assert network_of(stock_block("isotropic", "2d")) is None
 

@@ -23,7 +23,8 @@ SMALL = {"base_features": 8, "depths": 1, "decoder_depths": 1, "d_state": 2}
 def test_only_the_architecture_and_the_name_change(network, file, load_plans):
     stock = load_plans(file)
     before = deepcopy(stock)
-    plans = derive_plans(stock, Request(network, options=SMALL))
+    options = {key: value for key, value in SMALL.items() if NETWORKS[network].has_scans or key != "d_state"}
+    plans = derive_plans(stock, Request(network, options=options))
     assert stock == before
     assert plans.pop("medmamba")["network"] == network
     assert plans.pop("plans_name") != stock.pop("plans_name")
@@ -62,6 +63,11 @@ def test_nnunet_builds_every_configuration_from_the_written_file(file, load_plan
         (Request("vmunet", options={"ssm_mode": "identity"}), "nnUNetMedMambaVMUNetIdentityPlans"),
         (Request("vmunet", options={"routes": "raster12"}), "nnUNetMedMambaVMUNetRaster12Plans"),
         (Request("vmunet", preset="small", dt_init="route"), "nnUNetMedMambaVMUNetSmallDtRoutePlans"),
+        (Request("mednext", preset="Lk5"), "nnUNetMedMambaMedNeXtLk5Plans"),
+        (
+            Request("mednextmamba", preset="S", options={"ssm_mode": "identity"}),
+            "nnUNetMedMambaMedNeXtMambaSIdentityPlans",
+        ),
         (Request("vmunet", preset="small", name="Mine"), "Mine"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -145,6 +151,8 @@ def test_chosen_configurations_bring_what_they_need_and_leave_nothing_dangling(w
         ({"patch_size": [40]}, "patch size 40 has 1 axes; no configuration among 2d, 3d_fullres has as many"),
         ({"configurations": ["3d_lowres"]}, "no configuration 3d_lowres; known: 2d, 3d_fullres"),
         ({"name": "a__b"}, "contains '__' or '/'"),
+        ({"network": "mednext", "options": {"ssm_mode": "identity"}}, "mednext has no scans, so there is no ssm_mode"),
+        ({"network": "mednext", "dt_init": "route"}, "mednext has no scans, so there is no dt_init"),
     ],
     ids=str,
 )
