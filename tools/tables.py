@@ -34,7 +34,8 @@ def count_parameters(name: str, **kwargs: object) -> int:
     return sum(parameter.numel() for parameter in network.parameters())
 
 
-def networks_table() -> str:
+def networks_table(page: str = "") -> str:
+    """Networks and their sizes; the changes are counted, and listed on ``page`` (default: the table's own)."""
     from medmamba.networks import NETWORKS
 
     rows = []
@@ -42,19 +43,34 @@ def networks_table() -> str:
         spec = NETWORKS[name]
         native = count_parameters(name, strides=STRIDES)
         published = count_parameters(name, strides=[[s] * 3 for s in spec.published_strides], geometry="faithful")
-        paper = f"[{spec.paper.title}]({spec.paper.link}), {spec.paper.year}, {spec.paper.dimensions}D"
-        changes = "<br>".join(f"{i}. {text}" for i, text in enumerate(spec.departures, start=1))
-        rows.append([f"`{name}`", paper, _millions(native), _millions(published), changes])
+        paper = (
+            f"[{spec.paper.title.partition(':')[0]}]({spec.paper.link}), {spec.paper.year}, {spec.paper.dimensions}D"
+        )
+        changes = f"[{len(spec.departures)} changes]({page}#{name})"
+        rows.append([f"`{name}`", paper, spec.summary, _millions(native), _millions(published), changes])
     return _table(
         [
             "network",
             "paper",
+            "in one line",
             "parameters, `native`",
             "parameters, `faithful`",
             "what we changed against the paper",
         ],
         rows,
     )
+
+
+def changes_lists() -> str:
+    """A section per network: the paper in full, and what we changed against it."""
+    from medmamba.networks import NETWORKS
+
+    lines = []
+    for name, spec in sorted(NETWORKS.items()):
+        paper = f"[{spec.paper.title}]({spec.paper.link}), {spec.paper.authors}, {spec.paper.year}"
+        lines += [f"### {name}", "", paper, ""]
+        lines += [*(f"{i}. {text}" for i, text in enumerate(spec.departures, start=1)), ""]
+    return "\n".join(lines).rstrip()
 
 
 def route_sets_table() -> str:
@@ -163,8 +179,10 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "commands": commands_table,
+    "changes": changes_lists,
     "curves": curves_table,
     "networks": networks_table,
+    "networks-readme": lambda: networks_table("docs/reference/networks.md"),
     "route-sets": route_sets_table,
     "ssm-modes": ssm_modes_table,
 }
@@ -187,7 +205,7 @@ def refreshed(text: str) -> str:
         name = match["name"]
         if name not in TABLES:
             raise KeyError(f"no table {name!r}; known: {', '.join(sorted(TABLES))}")
-        return f"{match[1]}{TABLES[name]()}{match[3]}"
+        return f"{match[1]}{TABLES[name]().rstrip()}\n{match[3]}"
 
     return MARKED.sub(fill, text)
 
