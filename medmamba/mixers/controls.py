@@ -32,14 +32,13 @@ WINDOW = 8
 class ShuffledCore(ScanCore):
     """The scan along one fixed random order and back, instead of along its routes: tests whether order matters.
 
-    Arguments and parameters are those of :class:`medmamba.mixers.scan.ScanCore`; of ``routes`` only the number counts.
+    Arguments and parameters are those of :class:`medmamba.mixers.scan.ScanCore`; of ``routes`` only the number and the
+    directions count: a reversed route becomes the way back.
     """
 
     def __init__(self, width: int, *, routes: str | Sequence[str], **options: Any):
-        shuffled = Route(curve="shuffle")
-        both = [str(shuffled), str(shuffled.reversed())]
-        count = len(resolve_routes(routes))
-        super().__init__(width, routes=[both[k * 2 // count] for k in range(count)], **options)
+        shuffled = [str(Route(curve="shuffle", reverse=route.reverse)) for route in resolve_routes(routes)]
+        super().__init__(width, routes=shuffled, **options)
 
 
 class WindowedCore(ScanCore):

@@ -105,10 +105,11 @@ def mednextmamba(
     core = partial(get_core(ssm_mode), d_state=d_state)
     checkpointed = is_checkpointed(checkpoint_style)
 
-    def layer(width: int, number: int) -> MambaLayer:
+    def layer(width: int, stage: int, number: int) -> MambaLayer:
         order = ORDERS[ndim][0 if geometry == "faithful" else number % ndim]
         path = routes or [order, f"{order}:reverse"]
-        return MambaLayer(width, mamba=partial(Mamba, core=core, routes=path, expand=expand))
+        here = partial(core, kernel_size=kernels[stage])
+        return MambaLayer(width, mamba=partial(Mamba, core=here, routes=path, expand=expand))
 
     if geometry == "faithful":
         if first_scan_stage is not None:
@@ -127,7 +128,7 @@ def mednextmamba(
             depths=repeat_last("depths", depths if depths is not None else [2] * (stages - 1) + [1], stages),
             decoder_depths=repeat_last("decoder_depths", decoder_depths or 1, stages - 1),
             expansion=repeat_last("expansion", expansion or (2, 2, 4), stages),
-            layers=[layer(channels[-1], i) for i in range(layers)],
+            layers=[layer(channels[-1], -1, i) for i in range(layers)],
             checkpointed=checkpointed,
             deep_supervision=deep_supervision,
         )
@@ -138,7 +139,7 @@ def mednextmamba(
         number = count()
 
         def tail(i: int) -> Iterable[nn.Module]:
-            layers = [layer(widths[i], next(number)) for _ in range(layers_per_stage[i])]
+            layers = [layer(widths[i], i, next(number)) for _ in range(layers_per_stage[i])]
             return [ChannelsLast(*layers)] if layers else []
 
         network = mednext_unet(

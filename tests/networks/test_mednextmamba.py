@@ -257,6 +257,40 @@ def test_the_control_keeps_everything_but_the_scan():
     assert [k for k in scan.state_dict() if ".core." not in k] == list(control.state_dict())
 
 
+@pytest.mark.parametrize("ssm_mode", ["dwconv", "lti", "shuffled", "windowed"])
+@pytest.mark.parametrize("strides", [SIX_STAGES, [[1, 1]] + [[2, 2]] * 5], ids=["volume", "image"])
+def test_matched_controls_have_the_parameters_of_the_scan(ssm_mode, strides):
+    with torch.device("meta"):
+        scan, control = (create_network("mednextmamba", 1, 3, strides=strides, ssm_mode=m) for m in ("scan", ssm_mode))
+    assert count(control) == pytest.approx(count(scan), rel=0.02)
+    scans, controls = ([m.core for m in n.modules() if hasattr(m, "core")] for n in (scan, control))
+    for ours, theirs in zip(scans, controls, strict=True):  # a control may lack less than two weights per channel
+        assert 0 <= count(ours) - count(theirs) < 2 * ours.D.shape[-1]
+
+
+def test_the_way_back_of_a_shuffled_layer_is_reversed():
+    with torch.device("meta"):
+        network = create_network("mednextmamba", 1, 2, strides=SIX_STAGES[:4], ssm_mode="shuffled")
+    routes = [str(route) for m in network.modules() if isinstance(m, ScanCore) for route in m.routes]
+    assert routes == ["dhw:shuffle", "dhw:shuffle:reverse"] * 4
+
+
+def test_a_convolution_in_the_place_of_the_scan_has_the_axes_of_the_plan():
+    kernels = [[1, 3, 3]] * 3 + [[3, 3, 3]]
+    strides = [[1, 1, 1], [1, 2, 2], [1, 2, 2], [1, 2, 2]]
+    with torch.device("meta"):
+        volume = create_network("mednextmamba", 1, 2, strides=strides, kernel_sizes=kernels, ssm_mode="dwconv")
+        image = create_network("mednextmamba", 1, 2, strides=[[1, 1], [2, 2], [2, 2]], ssm_mode="dwconv")
+
+    def kernels_of(stage: nn.Module) -> set[tuple[int, ...]]:
+        return {m.core.conv.kernel_size for m in stage.modules() if hasattr(m, "core")}
+
+    flat, cubic = (kernels_of(volume.encoder.stages[i]) for i in (2, 3))
+    assert all(size[0] == 1 < size[1] for size in flat)
+    assert all(size[0] == size[1] > 1 for size in cubic)
+    assert all(len(size) == 2 for size in kernels_of(image.encoder.stages[2]))
+
+
 def test_skips_and_upsampled_features_meet_in_the_published_order():
     network = create_network(
         "mednextmamba", 1, 2, strides=SIX_STAGES[:3], geometry="faithful", base_features=4, d_state=2
