@@ -15,6 +15,9 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
 from types import ModuleType
 
@@ -29,8 +32,28 @@ BACKENDS: dict[str, ModuleType] = {"native": native, "torch": chunked, "triton":
 _FAST = {"cpu": ("native", "about 20 times slower"), "cuda": ("triton", "many times slower (not measured)")}
 
 
+_assumed: ContextVar[str | None] = ContextVar("assumed", default=None)
+
+
 class BackendError(RuntimeError):
     """A backend that was asked for by name cannot run here; the message says why and what to do."""
+
+
+@contextmanager
+def assume_backend(name: str | None) -> Iterator[None]:
+    """Within, "auto" is this backend, whether it can run here or not: for scans on tensors without data, to count what
+    they would keep on another machine. None leaves the choice as it is.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"unknown scan backend {name!r}; known: {', '.join(BACKENDS)}")
+    token = _assumed.set(name)
+    try:
+        yield
+    finally:
+        _assumed.reset(token)
 
 
 # To torch.compile the choice is a constant of the graph: looking for a library on disk is not traced.
@@ -48,6 +71,9 @@ def choose_backend(requested: str, device: torch.device) -> str:
         ValueError: an unknown name.
         BackendError: the named backend cannot run on this device.
     """
+    assumed = _assumed.get()
+    if assumed is not None and requested == "auto":
+        return assumed
     name = os.environ.get("MEDMAMBA_BACKEND", "auto") if requested == "auto" else requested
     if name == "auto":
         return _automatic(device)
