@@ -30,7 +30,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
         "--network",
         default=defaults.network,
         metavar="NAME",
-        help="network, in its small preset (default: %(default)s)",
+        help="network, in its small variant (default: %(default)s)",
     )
     parser.add_argument(
         "--iterations",

@@ -1,7 +1,7 @@
 """The steps of the demo: plan, preprocess, train, predict, score, draw. nnU-Net does the first four.
 
-Chosen for two CPU cores and a few minutes, and different from a real training: few iterations, batch 2, a small preset,
-all training cases in one fold, no validation of whole volumes (the unseen volumes are scored instead).
+Chosen for two CPU cores and a few minutes, and different from a real training: few iterations, batch 2, a small
+variant, all training cases in one fold, no validation of whole volumes (the unseen volumes are scored instead).
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ class _Run:
     def _say_plan(self, patch: list[int]) -> None:
         settings = self.settings
         self.console.line(
-            f"network  {settings.network}, preset {settings.preset}; patch {'x'.join(map(str, patch))}, batch "
+            f"network  {settings.network}, variant {settings.variant}; patch {'x'.join(map(str, patch))}, batch "
             f"{settings.batch_size}; {settings.total_iterations} iterations of {settings.optimizer}, "
             f"seed {settings.seed}"
         )

@@ -24,7 +24,7 @@ class Settings:
 
     Attributes:
         network: name in the registry.
-        preset: one of the network's presets.
+        variant: one of the network's named argument sets.
         iterations: optimizer steps, rounded up so that all epochs are equally long.
         seed: for initial weights, patches and augmentation.
         optimizer: as in :class:`medmamba.nnunet.schedule.Schedule`.
@@ -33,7 +33,7 @@ class Settings:
     """
 
     network: str = "vmunet"
-    preset: str = "small"
+    variant: str = "small"
     iterations: int = ITERATIONS
     seed: int = 0
     optimizer: str = "AdamW"
@@ -56,7 +56,7 @@ class Settings:
         """What to plan.
 
         Raises:
-            CommandError: an unknown network or preset, or a value out of range.
+            CommandError: an unknown network or variant, or a value out of range.
         """
         from medmamba.nnunet.errors import UserFacingError
         from medmamba.nnunet.schedule import Schedule
@@ -73,7 +73,7 @@ class Settings:
             )
             return Request(
                 network=self.network,
-                preset=self.preset,
+                variant=self.variant,
                 batch_size=self.batch_size,
                 schedule=schedule,
                 configurations=[CONFIGURATION],

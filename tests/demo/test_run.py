@@ -48,7 +48,7 @@ def test_all_epochs_are_equally_long_and_no_iteration_is_lost(iterations, epochs
 
 WRONG = {
     "unknown network": ({"settings": Settings(network="vmnet")}, "no network 'vmnet'; known: .*vmunet"),
-    "unknown preset": ({"settings": Settings(preset="tiny")}, "no preset 'tiny'; known: .*small"),
+    "unknown variant": ({"settings": Settings(variant="tiny")}, "no variant 'tiny'; known: .*small"),
     "unknown optimizer": ({"settings": Settings(optimizer="Adam")}, "no optimizer 'Adam'; known: SGD, AdamW"),
     "no such data": ({"data": Path("nowhere")}, "no folder .*nowhere; expected nnU-Net raw layout"),
 }

@@ -117,7 +117,7 @@ def folder(tmp_path_factory, raw_cases) -> Folder:
         json.dumps([{"train": CASES[:3], "val": CASES[3:]}])
     )
     schedule = "--epochs 1 --iterations 2 --val-iterations 1 --batch-size 2"
-    options = f"-d 4 --network vmunet --preset small -c 3d_fullres {schedule}".split()
+    options = f"-d 4 --network vmunet --variant small -c 3d_fullres {schedule}".split()
     printed = folder.run(sys.executable, "-m", "medmamba.cli", "plan", *options)
     assert "nnUNetv2_preprocess" not in printed
     return folder
