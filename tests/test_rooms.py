@@ -57,7 +57,9 @@ ROOMS: dict[str, Room] = {
     "medmamba.weights": Room(("medmamba_kernels", *NETWORK_ROOMS), TORCH, lazy=frozenset({"safetensors"})),
     "medmamba.inference": Room(LOWER, TORCH | ARRAYS, lazy=IO_LIBRARIES | {"monai"}),
     "medmamba.nnunet": Room((*LOWER, "medmamba.inference"), TORCH | {"nnunetv2", "numpy"}),
-    "medmamba_plans": Room((*LOWER, "medmamba.nnunet"), lazy=TORCH | {"nnunetv2", "numpy"}),
+    "medmamba_plans": Room(
+        (*LOWER, "medmamba.diagnostics", "medmamba.nnunet"), lazy=TORCH | {"nnunetv2", "numpy", "scipy"}
+    ),
     "medmamba.demo": Room(
         (*LOWER, "medmamba.inference", "medmamba.nnunet", "medmamba_plans"),
         TORCH | ARRAYS | IO_LIBRARIES | {"matplotlib"},

@@ -75,7 +75,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 INFO = Command(
-    help="parameters of a network, and how far its scans remember",
+    help="parameters, work and memory of a network, and how far its scans remember",
     configure=_configure,
     run=_run,
 )

@@ -7,7 +7,17 @@ from dataclasses import dataclass
 
 import torch
 
-from medmamba.diagnostics import StepSizes, influence, measure_step_sizes, memory_tokens, step_sizes
+from medmamba.diagnostics import (
+    GB,
+    MemoryModel,
+    StepSizes,
+    footprint,
+    influence,
+    measure_step_sizes,
+    memory_tokens,
+    operations,
+    step_sizes,
+)
 from medmamba.info.subject import Subject
 from medmamba.mixers import PlacedScan, ScanCore, placed_scans
 from medmamba.mixers.timescale import RouteLengths, route_lengths
@@ -51,7 +61,7 @@ def scans_of(subject: Subject, *, measure: bool = False) -> list[ScanInfo]:
 
 
 def heading(subject: Subject, scans: Sequence[ScanInfo]) -> str:
-    """What was looked at, and parameters: all, and those of the scans."""
+    """What was looked at, and what it costs: parameters, work and memory, all and those of the scans."""
     total = sum(parameter.numel() for parameter in subject.network.parameters())
     cores = [module for module in subject.network.modules() if isinstance(module, ScanCore)]
     scanned = sum(parameter.numel() for core in cores for parameter in core.parameters())
@@ -60,6 +70,23 @@ def heading(subject: Subject, scans: Sequence[ScanInfo]) -> str:
         f"{subject.name}, {subject.input_channels} in, {subject.num_classes} out, "
         f"patch {_times(subject.patch_size)}{spacing}, weights: {subject.weights}\n"
         f"parameters: {total / 1e6:.3f} M, of these {scanned / 1e6:.3f} M ({scanned / total:.1%}) in {len(cores)} scans"
+        + "".join(f"\n{line}" for line in costs(subject))
+    )
+
+
+def costs(subject: Subject) -> Iterator[str]:
+    """Work and memory at the patch of the plan, and the share of the scans with their projections."""
+    macs = operations(subject.network, subject.input_channels, subject.patch_size)
+    yield (
+        f"forward pass: {macs.total / 1e9:.1f} GMAC, of these {macs.scans / 1e9:.1f} GMAC "
+        f"({macs.scans / macs.total:.1%}) in the scans (a scan counts 9 FLOP per token, channel, state and route)"
+    )
+    counted = footprint(subject.network, subject.input_channels, subject.patch_size)
+    model = MemoryModel.load("cuda")
+    yield (
+        f"training on a GPU in bfloat16, predicted{'' if model.is_calibrated else ' (not calibrated on a GPU)'}: "
+        f"{model.without_batch(counted) / GB:.2f} GB + {model.per_sample(counted) / GB:.2f} GB per sample; "
+        f"{counted.kept_by_scans / counted.kept:.1%} of what is kept for the backward pass in the scans"
     )
 
 

@@ -15,7 +15,7 @@ from medmamba.command import CommandError
 from medmamba.networks import create_network, get_spec
 from medmamba.networks.spec import USUAL_PATCH, USUAL_STRIDES
 from medmamba.nnunet import folders
-from medmamba.nnunet.architecture import ArchitectureError, architecture_block, check_patch, network_of
+from medmamba.nnunet.architecture import ArchitectureError, architecture_block, check_patch, network_ends, network_of
 
 _SEED = 0
 
@@ -163,12 +163,7 @@ def _ends(
     """Input channels and classes: as asked, as nnU-Net reads them from dataset.json, or 1 and 2."""
     channels, classes = wish.input_channels, wish.num_classes
     if dataset is not None and (channels is None or classes is None):
-        from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
-        from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
-
-        manager = PlansManager(plans)
-        planned = determine_num_input_channels(manager, ConfigurationManager(dict(configuration)), dataset)
-        heads = manager.get_label_manager(dataset).num_segmentation_heads
+        planned, heads = network_ends(plans, configuration, dataset)
         channels, classes = channels or planned, classes or heads
     chosen = (1 if channels is None else channels, 2 if classes is None else classes)
     if min(chosen) < 1:

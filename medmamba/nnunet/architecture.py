@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from math import prod
+from pydoc import locate
 from typing import Any
+
+from torch import nn
 
 from medmamba.networks import NETWORKS, get_spec
 from medmamba.nnunet.errors import UserFacingError
@@ -64,6 +67,43 @@ def architecture_block(
         "arch_kwargs": json.loads(json.dumps(arguments)),
         "_kw_requires_import": [],
     }
+
+
+def build_network(block: Mapping[str, Any], input_channels: int, num_classes: int) -> nn.Module:
+    """The network of an architecture block, ours or nnU-Net's, with deep supervision; on torch's current device.
+
+    Raises:
+        ArchitectureError: the block names no network that can be imported.
+    """
+    arguments = dict(block["arch_kwargs"])
+    for name in block["_kw_requires_import"]:
+        if arguments[name] is not None:
+            arguments[name] = locate(arguments[name])
+    build: Any = locate(block["network_class_name"])
+    if build is None:
+        raise ArchitectureError(f"the network {block['network_class_name']} of the plans cannot be imported")
+    network: nn.Module = build(
+        input_channels=input_channels, num_classes=num_classes, **arguments, deep_supervision=True
+    )
+    return network
+
+
+def network_ends(
+    plans: Mapping[str, Any], configuration: Mapping[str, Any], dataset_json: Mapping[str, Any]
+) -> tuple[int, int]:
+    """Input channels and classes of a network as nnU-Net reads them from dataset.json.
+
+    Args:
+        plans: that the configuration is of.
+        configuration: with what it inherits; the second stage of a cascade gets the labels as further channels.
+        dataset_json: of the dataset.
+    """
+    from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
+    from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+
+    manager = PlansManager(dict(plans))
+    channels = determine_num_input_channels(manager, ConfigurationManager(dict(configuration)), dataset_json)
+    return channels, manager.get_label_manager(dataset_json).num_segmentation_heads
 
 
 def _shape(planned: Mapping[str, Any], chosen: Mapping[str, Any], published_strides: Sequence[int]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The command ``medmamba plan``. Light; the work is imported when it runs."""
+"""The commands ``medmamba plan`` and ``medmamba calibrate``. Light; the work is imported when they run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,14 @@ STOCK_PLANS = "nnUNetPlans"
 def _configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-d", dest="dataset", required=True, help="dataset name or number, e.g. 4")
     parser.add_argument("--network", required=True, help="e.g. vmunet")
-    parser.add_argument("--preset", help="named set of arguments of the network, e.g. small")
+    budget = parser.add_mutually_exclusive_group()
+    budget.add_argument(
+        "--preset",
+        metavar="M|L|XL",
+        help="patch and batch for a GPU of 8, 24 or 40 GB, the budgets of nnU-Net's ResEnc presets; default: nnU-Net's",
+    )
+    budget.add_argument("--gpu-gb", type=float, metavar="G", help="patch and batch for a GPU of G GB")
+    parser.add_argument("--variant", metavar="NAME", help="named set of arguments of the network, e.g. small")
     parser.add_argument("--geometry", help="native (nnU-Net's stages; default) or faithful (the published shape)")
     parser.add_argument("--ssm-mode", help="scan (default), or a control such as identity")
     parser.add_argument("--routes", nargs="+", metavar="ROUTE", help="a route set, or routes, in place of the default")
@@ -38,9 +45,8 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--from",
         dest="source",
-        default=STOCK_PLANS,
         metavar="PLANS",
-        help="plans to start from (default %(default)s)",
+        help=f"plans to start from (default {STOCK_PLANS}; not with --preset and --gpu-gb)",
     )
     parser.add_argument("--plans-name", help="name of the new plans; default: nnUNetMedMamba<Network>Plans")
     parser.add_argument("--batch-size", type=int, metavar="B")
@@ -68,7 +74,7 @@ def _run(arguments: argparse.Namespace) -> int:
     from medmamba.nnunet import folders
     from medmamba.nnunet.errors import UserFacingError
     from medmamba.nnunet.files import write_json
-    from medmamba_plans.derive import check_options, derive_plans
+    from medmamba_plans.derive import BUDGET, check_options, derive_plans
 
     preprocessed = folders.folder("nnUNet_preprocessed")
     raw = folders.folder_or_none("nnUNet_raw")
@@ -76,13 +82,19 @@ def _run(arguments: argparse.Namespace) -> int:
     target = preprocessed / dataset
     try:
         request = _request(arguments)
+        is_budget = request.budget_gb is not None
+        if is_budget and arguments.source is not None:
+            raise CommandError("patch and batch for a GPU are planned anew; leave --from out, or --preset and --gpu-gb")
+        source = arguments.source or STOCK_PLANS
         path = target / f"{request.plans_name}.json"
-        replaces = _check_replaceable(path, request.network, arguments.source)
-        if arguments.source == STOCK_PLANS and not (target / f"{STOCK_PLANS}.json").is_file():
+        replaces = _check_replaceable(path, request.network, BUDGET if is_budget else source)
+        if source == STOCK_PLANS and not (target / f"{STOCK_PLANS}.json").is_file():
             # Reading a dataset takes minutes and writes files: first all that can be wrong without it.
             check_options(request)
             _create_stock_plans(dataset, raw, arguments.num_processes)
-        stock = folders.read_plans(target, arguments.source)
+        stock = folders.read_plans(target, source)
+        if is_budget:
+            stock = _plan_for_budget(dataset, raw, request, stock, arguments.num_processes)
         plans = derive_plans(stock, request)
     except UserFacingError as error:
         raise CommandError(str(error)) from error
@@ -104,7 +116,9 @@ def _request(arguments: argparse.Namespace) -> Request:
         options["routes"] = arguments.routes[0] if len(arguments.routes) == 1 else arguments.routes
     return Request(
         network=arguments.network,
+        variant=arguments.variant,
         preset=arguments.preset,
+        gpu_gb=arguments.gpu_gb,
         options={name: value for name, value in options.items() if value is not None},
         dt_init=arguments.dt_init,
         batch_size=arguments.batch_size,
@@ -137,6 +151,28 @@ def _create_stock_plans(dataset: str, raw: Path | None, num_processes: int) -> N
     plan_with_nnunet(dataset, num_processes)
 
 
+def _plan_for_budget(
+    dataset: str, raw: Path | None, request: Request, stock: dict[str, Any], num_processes: int
+) -> dict[str, Any]:
+    from medmamba.nnunet import folders
+    from medmamba_plans.derive import check_options
+    from medmamba_plans.planner import plan_for_budget
+    from medmamba_plans.stock import extract_fingerprint
+
+    if raw is None or not (raw / dataset / "dataset.json").is_file():
+        where = "nnUNet_raw is not set or not a folder" if raw is None else f"{raw / dataset} has no dataset.json"
+        raise CommandError(
+            f"nnU-Net plans patch and batch from the raw dataset ({where}); export nnUNet_raw, or leave --preset and "
+            "--gpu-gb out"
+        )
+    check_options(request)
+    if not (folders.folder("nnUNet_preprocessed") / dataset / "dataset_fingerprint.json").is_file():
+        print(f"{dataset} has no fingerprint: reading its cases ...", flush=True)
+        extract_fingerprint(dataset, num_processes)
+    print(f"looking for the largest patch within {request.budget_gb:g} GB ...", flush=True)
+    return plan_for_budget(dataset, request, stock)
+
+
 def _check_replaceable(path: Path, network: str, source: str) -> bool:
     """Whether there are plans of this name; only ours, for the same network and from the same plans, are replaced."""
     from medmamba.nnunet import folders
@@ -156,15 +192,22 @@ def _describe(plans: dict[str, Any], request: Request, number: int, target: Path
     from medmamba.nnunet.names import trainer_name
 
     missing = []
+    peaks = _predicted_gb(plans, target)
     for name in plans["configurations"]:
         configuration = folders.configuration_of(plans, name)
         shape = "x".join(map(str, configuration["patch_size"]))
-        print(f"  {name}: patch {shape}, batch {configuration['batch_size']}, data {configuration['data_identifier']}")
+        memory = f", {peaks[name]:.1f} GB" if name in peaks else ""
+        print(
+            f"  {name}: patch {shape}, batch {configuration['batch_size']}{memory}, "
+            f"data {configuration['data_identifier']}"
+        )
         if (
             "inherits_from" not in plans["configurations"][name]
             and not (target / configuration["data_identifier"]).is_dir()
         ):
             missing.append(name)
+    if peaks:
+        _describe_memory(peaks, request.budget_gb)
     schedule = request.schedule
     print(
         f"  schedule: {schedule.num_epochs} epochs of {schedule.num_iterations_per_epoch} iterations, "
@@ -184,8 +227,111 @@ def _describe(plans: dict[str, Any], request: Request, number: int, target: Path
     )
 
 
+def _predicted_gb(plans: dict[str, Any], target: Path) -> dict[str, float]:
+    """Predicted peak of every configuration; nothing where dataset.json, and so channels and classes, are missing."""
+    from medmamba.diagnostics import GB
+    from medmamba.nnunet import folders
+    from medmamba_plans.planner import predicted_peak
+
+    if not (target / "dataset.json").is_file():
+        return {}
+    dataset_json = folders.read_json(target / "dataset.json")
+    return {name: predicted_peak(plans, name, dataset_json) / GB for name in plans["configurations"]}
+
+
+def _describe_memory(peaks: dict[str, float], budget_gb: float | None) -> None:
+    from medmamba.diagnostics import MemoryModel
+
+    model = MemoryModel.load("cuda")
+    print(
+        "  GB: predicted peak of a training in bfloat16 with SGD, the context of the GPU included"
+        + ("" if model.is_calibrated else "; an UNCALIBRATED estimate, not yet compared with a GPU")
+    )
+    above = [name for name, peak in peaks.items() if budget_gb is not None and peak > budget_gb]
+    if above:
+        print(f"  above {budget_gb:g} GB: {', '.join(above)} (the patch or batch that you asked for)")
+
+
+def _configure_calibrate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="where to train; default: cuda if there is a GPU")
+    parser.add_argument("--compile", action="store_true", help="train through torch.compile, as nnU-Net does on GPUs")
+    parser.add_argument("--case", metavar="TEXT", help="only trainings whose name contains this")
+    parser.add_argument("--out", type=Path, metavar="CSV", help="write the measurements")
+    parser.add_argument("--csv", type=Path, metavar="CSV", help="fit to these measurements instead of new ones")
+    parser.add_argument("--fit", action="store_true", help="write the coefficients that `medmamba plan` uses")
+
+
+def _calibrate(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from medmamba.diagnostics.memory import MODEL_FILE
+    from medmamba.nnunet.files import write_json
+    from medmamba.nnunet.folders import read_json
+    from medmamba_plans import calibrate
+
+    if arguments.out is not None and not arguments.out.resolve().parent.is_dir():
+        raise CommandError(f"{arguments.out.resolve().parent} is not a folder; create it or choose another --out")
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if arguments.csv is None and device == "cuda" and not torch.cuda.is_available():
+        raise CommandError("torch sees no CUDA device; give --device cpu, or --csv with measurements of a GPU")
+    if arguments.csv is None:
+        rows, facts = _measured(calibrate, arguments, device)
+    else:
+        rows = calibrate.read(arguments.csv)
+        facts = rows[0]
+        device = facts["device"]
+    name = device + ("-compiled" if int(rows[0]["is_compiled"]) else "")
+    source = f"{len(rows)} trainings, {facts['processor']}, torch {facts['torch']}, medmamba {facts['medmamba']}"
+    if len(rows) < calibrate.FEWEST:
+        print(f"too few measurements to fit the coefficients: {len(rows)}")
+        return 0
+    found = calibrate.fit(rows, source)
+    model, ratios = found.model, found.ratios
+    print(
+        f"{name}: {model.fixed / calibrate.MIB:.0f} MiB + {model.bytes_per_parameter:g} bytes per parameter + "
+        f"{model.factor:g} x counted; measured over predicted {min(ratios):.2f} to {max(ratios):.2f}"
+    )
+    if arguments.fit:
+        try:
+            write_json(MODEL_FILE, {**read_json(MODEL_FILE), name: vars(model)})
+        except OSError as error:
+            raise CommandError(
+                f"{MODEL_FILE} cannot be written ({error.strerror}); make the folder writable"
+            ) from error
+        print(f"wrote {MODEL_FILE}")
+    return 0
+
+
+def _measured(
+    calibrate: Any, arguments: argparse.Namespace, device: str
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    chosen = [case for case in calibrate.cases(device) if arguments.case is None or arguments.case in case.name]
+    if not chosen:
+        names = ", ".join(case.name for case in calibrate.cases(device))
+        raise CommandError(f"no training's name contains {arguments.case!r}; known: {names}")
+    facts = calibrate.machine(device)
+    rows: list[dict[str, Any]] = []
+    print(f"{'training':<44} {'counted MiB':>11} {'peak MiB':>9}")
+    for case in chosen:
+        (row,) = calibrate.measure([case], device, arguments.compile)
+        rows.append(row)
+        counted = row["batch_size"] * row["live_mib"]
+        print(f"{case.name:<44} {counted:>11.0f} {row['peak_mib']:>9.0f}", flush=True)
+        if arguments.out is not None:  # after every row: a GPU may be taken away
+            calibrate.write(rows, facts, arguments.out)
+    if arguments.out is not None:
+        print(f"wrote {arguments.out}")
+    return rows, facts
+
+
 PLAN = Command(
     help="write nnU-Net plans that name one of our networks",
     configure=_configure,
     run=_run,
+)
+
+CALIBRATE = Command(
+    help="measure the memory of trainings and fit the estimate that `medmamba plan` uses",
+    configure=_configure_calibrate,
+    run=_calibrate,
 )

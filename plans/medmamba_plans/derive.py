@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from math import inf
 from pydoc import locate
 from typing import Any
 
@@ -19,6 +20,12 @@ from medmamba.nnunet.architecture import ArchitectureError, architecture_block, 
 from medmamba.nnunet.errors import UserFacingError
 from medmamba.nnunet.names import plans_name
 from medmamba.nnunet.schedule import Schedule
+
+#: Budgets in GB of GPU memory, with the names of nnU-Net's ResEnc presets of the same budget.
+PRESETS = {"M": 8.0, "L": 24.0, "XL": 40.0}
+
+#: What plans for a budget are derived from, in place of the name of stock plans.
+BUDGET = "GPU budget"
 
 #: How the step sizes of the scans start: in Mamba's range, or in one per route (``route_dt_range``).
 DT_INITS = ("default", "route")
@@ -34,18 +41,21 @@ class Request:
 
     Attributes:
         network: name in ``medmamba.networks.NETWORKS``.
-        preset: name of one of the network's presets, or None.
-        options: arguments of the network that win over the preset (``geometry``, ``ssm_mode``, ``routes``,
-            ...). batch_size: in place of nnU-Net's, or None. patch_size: in place of nnU-Net's, for the
-            configurations with as many axes, or None. schedule: how long and with what to train.
+        variant: name of one of the network's argument sets (``NetworkSpec.presets``), or None.
+        options: arguments of the network that win over the variant (``geometry``, ``ssm_mode``, ``routes``,
+            ...). preset: name in ``PRESETS``: patch and batch are planned for this GPU, or None. gpu_gb: the
+            same for a GPU of this many GB. batch_size: in place of the planned one, or None. patch_size: the same,
+            for the configurations with as many axes, or None. schedule: how long and with what to train.
             configurations: those to plan, or None for all; what they inherit from and follow comes along.
             name: plans identifier, or None for the house style.
         dt_init: one of ``DT_INITS``.
     """
 
     network: str
-    preset: str | None = None
+    variant: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    preset: str | None = None
+    gpu_gb: float | None = None
     batch_size: int | None = None
     patch_size: Sequence[int] | None = None
     schedule: Schedule = field(default_factory=Schedule)
@@ -58,10 +68,11 @@ class Request:
             spec = get_spec(self.network)
         except KeyError as error:
             raise PlanError(error.args[0]) from error
-        presets = spec.presets
-        if self.preset is not None and self.preset not in presets:
-            known = ", ".join(presets) or "none"
-            raise PlanError(f"network {self.network} has no preset {self.preset!r}; known: {known}")
+        variants = spec.presets
+        if self.variant is not None and self.variant not in variants:
+            known = ", ".join(variants) or "none"
+            raise PlanError(f"network {self.network} has no variant {self.variant!r}; known: {known}")
+        self._check_budget(variants)
         if self.dt_init not in DT_INITS:
             raise PlanError(f"unknown dt_init {self.dt_init!r}; known: {', '.join(DT_INITS)}")
         surplus = [name for name in SCAN_ARGUMENTS if name in self.options]
@@ -80,22 +91,43 @@ class Request:
                 f"plans name {self.plans_name!r} contains '__' or '/', which nnU-Net uses as separators; rename"
             )
 
+    def _check_budget(self, variants: Mapping[str, Any]) -> None:
+        if self.preset is not None and self.preset not in PRESETS:
+            hint = f"; {self.preset} is a variant: --variant {self.preset}" if self.preset in variants else ""
+            raise PlanError(f"no preset {self.preset!r}; known: {', '.join(PRESETS)} (GPU memory){hint}")
+        if self.preset is not None and self.gpu_gb is not None:
+            raise PlanError(f"preset {self.preset} is a GPU of {PRESETS[self.preset]:g} GB; leave --gpu-gb out")
+        if self.gpu_gb is not None and not 0 < self.gpu_gb < inf:
+            raise PlanError(f"a GPU of {self.gpu_gb:g} GB is not possible; give its memory in GB, e.g. --gpu-gb 11")
+
+    @property
+    def budget_gb(self) -> float | None:
+        """GPU memory to plan for, in GB, or None."""
+        return self.gpu_gb if self.preset is None else PRESETS[self.preset]
+
     @property
     def plans_name(self) -> str:
         """The identifier: as asked, or the network with the choices that make it another experiment."""
         if self.name is not None:
             return self.name
         usual = {"geometry": "native", "ssm_mode": "scan", "routes": None}
-        chosen = [self.preset, *(self.options.get(name, default) for name, default in usual.items())]
+        chosen = [self.variant, *(self.options.get(name, default) for name, default in usual.items())]
         if self.dt_init != "default":
             chosen.append(f"dt_{self.dt_init}")
+        chosen.append(self._budget_name())
         return plans_name(self.network, *(name for name in chosen if name not in (None, *usual.values())))
+
+    def _budget_name(self) -> str | None:
+        """``M`` or ``11G``; where a variant of the network is called like a preset, ``8G`` in place of M."""
+        if self.preset is not None and not PRESETS.keys() & get_spec(self.network).presets.keys():
+            return self.preset
+        return None if self.budget_gb is None else f"{self.budget_gb:g}G"
 
     @property
     def network_options(self) -> dict[str, Any]:
-        """Preset and options together."""
-        preset = get_spec(self.network).presets[self.preset] if self.preset is not None else {}
-        return {**preset, **self.options}
+        """Variant and options together."""
+        variant = get_spec(self.network).presets[self.variant] if self.variant is not None else {}
+        return {**variant, **self.options}
 
 
 def derive_plans(stock: Mapping[str, Any], request: Request) -> dict[str, Any]:
@@ -132,9 +164,10 @@ def derive_plans(stock: Mapping[str, Any], request: Request) -> dict[str, Any]:
             raise PlanError(f"configuration {name}: {error}") from error
     plans["medmamba"] = {
         "network": request.network,
-        "preset": request.preset,
+        "variant": request.variant,
         "options": dict(request.options),
         "dt_init": request.dt_init,
+        "gpu_gb": request.budget_gb,
         "schedule": request.schedule.to_dict(),
         "derived_from": stock["plans_name"],
         "version": version("medmamba"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from medmamba import cli
+from medmamba.diagnostics import GB, MemoryModel, footprint, operations
 from medmamba.mixers import ScanCore
 from medmamba.networks import create_network
 from medmamba_plans.derive import Request, derive_plans
@@ -40,6 +42,12 @@ def run(capsys, *arguments) -> list[str]:
     return capsys.readouterr().out.splitlines()
 
 
+def scan_lines(lines: list[str]) -> list[str]:
+    """The lines of the table, one per scan or route."""
+    head = next(i for i, line in enumerate(lines) if line.startswith("scan "))
+    return list(itertools.takewhile(bool, lines[head + 1 :]))
+
+
 def built(plans: Path, configuration: str = "3d_fullres"):
     arguments = json.loads(plans.read_text())["configurations"][configuration]["architecture"]["arch_kwargs"]
     torch.manual_seed(0)
@@ -54,8 +62,8 @@ def test_parameters_are_counted_and_every_scan_has_its_line(plans, capsys):
     inside = sum(p.numel() for core in cores.values() for p in core.parameters())
     assert lines[0].startswith("vmunet, 2 in, 4 out, patch 56x160x192 at 3.27x0.98x0.98 mm")
     assert f"{total / 1e6:.3f} M, of these {inside / 1e6:.3f} M ({inside / total:.1%}) in {len(cores)}" in lines[1]
-    assert {line.split()[0] for line in lines[4:]} == set(cores)
-    first = lines[4].split()
+    assert {line.split()[0] for line in scan_lines(lines)} == set(cores)
+    first = scan_lines(lines)[0].split()
     assert first[1:6] == ["14x20x24", "6720", "128", "2", "raster6"]
     assert first[7] == "14-24/336-480/6720"
 
@@ -64,15 +72,30 @@ def test_a_block_with_several_scans_has_a_line_for_each(tmp_path, capsys):
     stock = json.loads((PLANS / "isotropic.json").read_text())
     path = tmp_path / "heads.json"
     path.write_text(json.dumps(derive_plans(stock, Request("mhsvm", options=SMALL))))
-    rows = [line.split() for line in run(capsys, "--plans", path)[4:]]
+    rows = [line.split() for line in scan_lines(run(capsys, "--plans", path))]
     blocks = [name.partition(".heads.")[0] for name, *_ in rows]
     assert {blocks.count(block) for block in blocks} == {4}
     assert [row[5] for row in rows[:4]] == ["mhs_c6", "mhs_x6", "mhs_s6", "mhs_z6"]
 
 
+def test_work_and_memory_are_those_of_the_diagnostics(plans, capsys):
+    lines = run(capsys, "--plans", plans)
+    network, patch = built(plans), (56, 160, 192)
+    macs, counted = operations(network, 2, patch), footprint(network, 2, patch)
+    assert (
+        f"{macs.total / 1e9:.1f} GMAC, of these {macs.scans / 1e9:.1f} GMAC ({macs.scans / macs.total:.1%})" in lines[2]
+    )
+    model = MemoryModel.load("cuda")
+    assert (
+        f"{model.without_batch(counted) / GB:.2f} GB + {model.per_sample(counted) / GB:.2f} GB per sample" in lines[3]
+    )
+    assert ("not calibrated" in lines[3]) != model.is_calibrated
+    assert f"; {counted.kept_by_scans / counted.kept:.1%} of what is kept" in lines[3]
+
+
 def test_a_line_per_route(plans, capsys):
     lines = run(capsys, "--plans", plans, "--by-route", "--routes", "dhw", "hwd:reset=line")
-    rows = [line.split() for line in lines[4:]]
+    rows = [line.split() for line in scan_lines(lines)]
     assert [row[5] for row in rows[:2]] == ["dhw", "hwd:reset=line"]
     line, plane, volume = rows[1][8].split("/")
     assert line != "0%"
@@ -81,7 +104,7 @@ def test_a_line_per_route(plans, capsys):
 
 def test_longer_step_sizes_leave_more(plans, capsys):
     def after_a_plane(*arguments) -> list[float]:
-        rows = [line.split() for line in run(capsys, "--plans", plans, *arguments)[4:]]
+        rows = [line.split() for line in scan_lines(run(capsys, "--plans", plans, *arguments))]
         return [float(row[8].split("/")[1].rstrip("%")) for row in rows]
 
     default, route = after_a_plane(), after_a_plane("--dt-init", "route")
@@ -97,7 +120,7 @@ def test_longer_step_sizes_leave_more(plans, capsys):
 def test_a_name_is_enough_and_stock_plans_are_followed(arguments, patch, capsys):
     lines = run(capsys, "vmunet", *arguments)
     assert lines[0].startswith(f"vmunet, 1 in, 2 out, patch {patch}")
-    assert len(lines) > 4
+    assert scan_lines(lines)
 
 
 def test_other_configurations_and_the_control(plans, capsys):
@@ -106,7 +129,9 @@ def test_other_configurations_and_the_control(plans, capsys):
     plans.write_text(json.dumps(derive_plans(stock, Request("vmunet", options={**SMALL, "ssm_mode": "identity"}))))
     lines = run(capsys, "--plans", plans)
     assert "of these 0.000 M (0.0%) in 0 scans" in lines[1]
-    assert lines[2].startswith("no scans")
+    assert "(0.0%) in the scans" in lines[2]
+    assert "; 0.0% of what is kept" in lines[3]
+    assert lines[4].startswith("no scans")
 
 
 def test_the_horizon_is_drawn(plans, tmp_path, capsys):
@@ -142,10 +167,10 @@ def test_a_checkpoint_brings_its_plans_and_weights(plans, tmp_path, capsys):
     network = write_checkpoint(plans, path)
     lines = run(capsys, "--checkpoint", path)
     assert lines[0].startswith("vmunet, 2 in, 4 out, patch 56x160x192")
-    assert {line.split()[6].split("/")[-1] for line in lines[4:]} == {"149"}
+    assert {line.split()[6].split("/")[-1] for line in scan_lines(lines)} == {"149"}
     plain = tmp_path / "weights.pth"
     torch.save(network.state_dict(), plain)
-    assert run(capsys, "--checkpoint", plain, "--plans", plans)[3:] == lines[3:]
+    assert run(capsys, "--checkpoint", plain, "--plans", plans)[1:] == lines[1:]
 
 
 def test_measured_step_sizes_are_near_those_of_the_bias(plans, capsys):
@@ -154,7 +179,7 @@ def test_measured_step_sizes_are_near_those_of_the_bias(plans, capsys):
     plans.write_text(json.dumps(content))
 
     def slowest(*arguments) -> list[float]:
-        return [float(line.split()[6].split("/")[-1]) for line in run(capsys, "--plans", plans, *arguments)[4:]]
+        return [float(line.split()[6].split("/")[-1]) for line in scan_lines(run(capsys, "--plans", plans, *arguments))]
 
     bias, measured = slowest(), slowest("--measure")
     assert bias != measured

@@ -58,17 +58,17 @@ def test_nnunet_builds_every_configuration_from_the_written_file(file, load_plan
     [
         (Request("vmunet"), "nnUNetMedMambaVMUNetPlans"),
         (Request("vmunet", options={"geometry": "native", "ssm_mode": "scan"}), "nnUNetMedMambaVMUNetPlans"),
-        (Request("vmunet", preset="small"), "nnUNetMedMambaVMUNetSmallPlans"),
+        (Request("vmunet", variant="small"), "nnUNetMedMambaVMUNetSmallPlans"),
         (Request("vmunet", options={"geometry": "faithful"}), "nnUNetMedMambaVMUNetFaithfulPlans"),
         (Request("vmunet", options={"ssm_mode": "identity"}), "nnUNetMedMambaVMUNetIdentityPlans"),
         (Request("vmunet", options={"routes": "raster12"}), "nnUNetMedMambaVMUNetRaster12Plans"),
-        (Request("vmunet", preset="small", dt_init="route"), "nnUNetMedMambaVMUNetSmallDtRoutePlans"),
-        (Request("mednext", preset="Lk5"), "nnUNetMedMambaMedNeXtLk5Plans"),
+        (Request("vmunet", variant="small", dt_init="route"), "nnUNetMedMambaVMUNetSmallDtRoutePlans"),
+        (Request("mednext", variant="Lk5"), "nnUNetMedMambaMedNeXtLk5Plans"),
         (
-            Request("mednextmamba", preset="S", options={"ssm_mode": "identity"}),
+            Request("mednextmamba", variant="S", options={"ssm_mode": "identity"}),
             "nnUNetMedMambaMedNeXtMambaSIdentityPlans",
         ),
-        (Request("vmunet", preset="small", name="Mine"), "Mine"),
+        (Request("vmunet", variant="small", name="Mine"), "Mine"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -89,8 +89,8 @@ def test_step_sizes_per_route_follow_patch_and_spacing_of_each_configuration(fil
     assert "dt_init" not in json.dumps(default["configurations"])
 
 
-def test_options_win_over_the_preset(load_plans):
-    request = Request("vmunet", preset="small", options={"d_state": 4})
+def test_options_win_over_the_variant(load_plans):
+    request = Request("vmunet", variant="small", options={"d_state": 4})
     arguments = derive_plans(load_plans("isotropic"), request)["configurations"]["3d_fullres"]["architecture"][
         "arch_kwargs"
     ]
@@ -139,7 +139,7 @@ def test_chosen_configurations_bring_what_they_need_and_leave_nothing_dangling(w
     [
         ({"network": "vmnet"}, r"no network 'vmnet'; known: .*vmunet"),
         ({"dt_init": "long"}, "unknown dt_init 'long'; known: default, route"),
-        ({"preset": "XXL"}, "network vmunet has no preset 'XXL'; known: .*small"),
+        ({"variant": "XXL"}, "network vmunet has no variant 'XXL'; known: .*small"),
         ({"options": {"geometry": "round"}}, "'round'; known: native, faithful"),
         ({"options": {"ssm_mode": "magic"}}, "'magic'; known: .*identity, .*scan"),
         ({"options": {"routes": "zigzag"}}, "'zigzag'; known: .*raster6"),

@@ -16,7 +16,7 @@ from medmamba.cli import main
 
 RAW = Path(__file__).resolve().parents[2] / "medmamba" / "demo" / "data" / "Dataset004_Hippocampus"
 N_PROC_DA = "nnUNet_n_proc_DA"
-SMALL = ["--network", "vmunet", "--preset", "small"]
+SMALL = ["--network", "vmunet", "--variant", "small"]
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def test_other_stock_plans_can_be_the_start(dataset, load_plans, assert_refused)
     [
         ("-d 5 --network vmunet", "no dataset '5' in .*; there are Dataset901_Isotropic"),
         ("-d 901 --network vmnet", "no network 'vmnet'; known: .*vmunet"),
-        ("-d 901 --network vmunet --preset XXL", "no preset 'XXL'; known: .*small"),
+        ("-d 901 --network vmunet --variant XXL", "no variant 'XXL'; known: .*small"),
         ("-d 901 --network vmunet --geometry round", "'round'; known: native, faithful"),
         ("-d 901 --network vmunet --ssm-mode magic", "'magic'; known: .*identity"),
         ("-d 901 --network vmunet --routes zigzag", "'zigzag'; known: .*raster6"),
