@@ -141,12 +141,12 @@ def _scan_chunk_kernel(
 
     Forward: the state at its end, from x and B. Reverse: the gradient of the state before its start, from dy and C.
 
-    Grid: (chunks * channel blocks, batch * routes). Writes states (batch, K, M, N, C) and sums (batch, K, M, C).
+    Grid: (batch * routes * chunks * channel blocks,). Writes states (batch, K, M, N, C) and sums (batch, K, M, C).
     """
     blocks = tl.cdiv(channels, BC)
-    i_m = (tl.program_id(0) // blocks).to(tl.int64)
     i_c = (tl.program_id(0) % blocks).to(tl.int64)
-    i_bk = tl.program_id(1).to(tl.int64)
+    i_bk = (tl.program_id(0) // blocks // chunks).to(tl.int64)
+    i_m = (tl.program_id(0) // blocks % chunks).to(tl.int64)
     i_b, i_k = i_bk // routes, i_bk % routes
     o_c = i_c * BC + tl.arange(0, BC).to(tl.int64)
     o_n = tl.arange(0, BN).to(tl.int64)
@@ -211,11 +211,13 @@ def _scan_carry_kernel(
 ):
     """Replace what every chunk hands on by what enters it, from chunk to chunk (from the last to the first: REVERSE).
 
-    Grid: (blocks of N * C elements, batch * routes). Reads BM chunks at a time, then walks through them.
+    Grid: (batch * routes * blocks of N * C elements,). Reads BM chunks at a time, then walks through them.
     """
-    i_e, i_bk = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    i_k = i_bk % routes
     elements = N * channels
+    blocks = tl.cdiv(elements, BE)
+    i_e = (tl.program_id(0) % blocks).to(tl.int64)
+    i_bk = (tl.program_id(0) // blocks).to(tl.int64)
+    i_k = i_bk % routes
     o_e = i_e * BE + tl.arange(0, BE).to(tl.int64)
     o_c = (o_e.to(tl.int32) % channels).to(tl.int64)
     o_u = tl.arange(0, BM)
@@ -286,13 +288,13 @@ def _scan_fwd_kernel(
 ):
     """y of the tokens of a chunk, from the state that enters it (``p_states`` (batch, K, M, N, C)).
 
-    Grid: (chunks * channel blocks, batch, routes of this launch). ACCUMULATE adds to the y of earlier launches.
+    Grid: (batch * chunks * channel blocks, routes of this launch). ACCUMULATE adds to the y of earlier launches.
     """
     blocks = tl.cdiv(channels, BC)
-    i_m = (tl.program_id(0) // blocks).to(tl.int64)
     i_c = (tl.program_id(0) % blocks).to(tl.int64)
-    i_b = tl.program_id(1).to(tl.int64)
-    i_k = tl.program_id(2).to(tl.int64) + first_route
+    i_b = (tl.program_id(0) // blocks // chunks).to(tl.int64)
+    i_m = (tl.program_id(0) // blocks % chunks).to(tl.int64)
+    i_k = tl.program_id(1).to(tl.int64) + first_route
     o_c = i_c * BC + tl.arange(0, BC).to(tl.int64)
     o_n = tl.arange(0, BN).to(tl.int64)
     m_c, m_n = o_c < channels, o_n < N

@@ -26,13 +26,17 @@ Peak memory beside inputs and results, in bytes, for the sizes B L K C N and e =
 
 ddt is written in the dtype of dt, dB and dC in float32 before they are cast. The order tables of the last 16 calls
 that differ in routes or grid stay on the device, 4 to 5 bytes per token and route.
+
+The SSD form has kernels of its own (``_ssd``); in float64 it is computed as S6. More than ``MAX_STATE_SIZE`` states are
+computed so many at a time: y is linear in them.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from contextlib import AbstractContextManager, nullcontext
-from functools import cache, lru_cache
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -42,16 +46,15 @@ from torch import Tensor
 from medmamba_kernels.inputs import ScanInputs
 from medmamba_kernels.lowering import from_per_channel, to_per_channel
 
+from . import _launch, _ssd
+from ._launch import Call, checked_launch, next_power_of_2, rows, strides
+
 MIN_TRITON = (3, 4)
 MAX_STATE_SIZE = 128
-# Programs of a backward launch that fill a GPU (132 multiprocessors of an H200, eight programs each, rounded).
-PROGRAMS = 1024
 # One warp per program; the kernels count on x * y + z as one rounding (Triton 3.10 stops fusing by default).
 LAUNCH: dict[str, Any] = {"num_warps": 1, "enable_fp_fusion": True}
 # The backward needs registers: left alone, ptxas spills a few where the states are small, for warps that never come.
 LAUNCH_BACKWARD = LAUNCH if torch.version.hip else {**LAUNCH, "maxnreg": 255}
-# Outputs of all routes of a volume up to this size stay in the second-level cache of a data-centre GPU.
-COPIES_BYTES = 16 * 2**20
 
 
 @cache
@@ -81,18 +84,9 @@ def _kernels() -> ModuleType:
     return _triton_kernels
 
 
-def _chunk_size(length: int) -> int:
-    """Tokens of a chunk, a multiple of 4: long sequences have enough chunks and save memory and carries."""
-    return 64 if length <= 2**16 else 128
-
-
-def _next_power_of_2(n: int) -> int:
-    return 1 << (n - 1).bit_length()
-
-
 def tile_sizes(state_size: int, is_backward: bool) -> dict[str, int]:
     """Compile-time sizes of a state tile: N states, padded to BN, by BC channels; 16 elements per thread or fewer."""
-    padded = _next_power_of_2(state_size)
+    padded = next_power_of_2(state_size)
     elements = 256 if is_backward and padded > 16 else 512
     return {"N": state_size, "BN": padded, "BC": min(32, elements // padded)}
 
@@ -101,24 +95,10 @@ def states_shape(
     batch: int, length: int, routes: int, channels: int, state_size: int, device_type: str
 ) -> tuple[int, ...]:
     """Shape of the saved states: the state at the start of every chunk, (batch, K, M, N, C)."""
-    return (batch, routes, -(-length // _chunk_size(length)), state_size, channels)
+    return (batch, routes, -(-length // _launch.chunk_size(length)), state_size, channels)
 
 
-def _rows(tensor: Tensor) -> Tensor:
-    """With a contiguous last axis; the other axes keep their strides (no copy)."""
-    return tensor if tensor.shape[-1] == 1 or tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-@lru_cache(maxsize=16)
-def _device_table(
-    order: Tensor, starts: Tensor | None, chunk: int, device: torch.device
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """On the device: order, starts, and (K, M) which chunks hold a start."""
-    if starts is None:
-        return order.to(device), None, None
-    padding = -starts.shape[1] % chunk
-    resets = torch.nn.functional.pad(starts, (0, padding)).unflatten(1, (-1, chunk)).any(-1)
-    return order.to(device), starts.to(device, torch.int8), resets.to(device, torch.int8)
+_Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 
 
 class _ChunkStates(NamedTuple):
@@ -129,39 +109,19 @@ class _ChunkStates(NamedTuple):
     last: Tensor | None  # (batch, K, N, C): end of the last chunk from a zero state, if the final state is wanted
 
 
-class _Call:
-    """The arguments of a call as the kernels take them, and their launches."""
+class _Call(Call):
+    """A call in S6 form, and the launches that forward and backward share."""
 
     def __init__(self, inputs: ScanInputs) -> None:
-        self.batch, self.length, self.channels, self.routes, self.state_size = inputs.sizes
-        if self.state_size > MAX_STATE_SIZE:
-            raise ValueError(f'state size {self.state_size} is above {MAX_STATE_SIZE}; use backend="torch"')
-        self.dtype = inputs.compute_dtype
-        self.device = inputs.x.device
-        self.chunk = _chunk_size(self.length)
-        self.chunks = -(-self.length // self.chunk)
+        super().__init__(inputs, _launch.chunk_size(inputs.x.shape[1]))
         self.sizes = tile_sizes(self.state_size, is_backward=False)
         self.blocks = -(-self.channels // self.sizes["BC"])
-        self.softplus = inputs.dt_softplus
-        self.final_state = inputs.final_state
-        self.x, self.dt, self.B, self.C = (_rows(t) for t in (inputs.x, inputs.dt, inputs.B, inputs.C))
         # Channels last, like the states: neighbouring threads hold neighbouring channels.
         self.A = inputs.A.to(self.dtype).expand(-1, -1, self.state_size).mT.contiguous()
-        self.D = None if inputs.D is None else inputs.D.to(self.dtype).contiguous()
-        self.dt_bias = None if inputs.dt_bias is None else inputs.dt_bias.to(self.dtype).contiguous()
-        self.mask = None if inputs.dt_mask is None else inputs.dt_mask.contiguous().view(torch.uint8)
-        self.order, self.starts, self.resets = _device_table(inputs.order, inputs.starts, self.chunk, self.device)
-        copies = self.batch * self.routes * self.length * self.channels * self.dtype.itemsize
-        self.one_launch = self.routes == 1 or copies <= COPIES_BYTES
 
-    def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        return torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
-
-    def on_device(self) -> AbstractContextManager[Any]:
-        """Triton launches on the current device."""
-        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
-
-    def chunk_states(self, tokens: Tensor, stride: tuple[int, ...], weights: Tensor, reverse: bool) -> _ChunkStates:
+    def chunk_states(
+        self, tokens: Tensor, stride: tuple[int, int, int], weights: Tensor, reverse: bool
+    ) -> _ChunkStates:
         """What the chunks hand to one another.
 
         Args:
@@ -172,7 +132,7 @@ class _Call:
         states = self.empty(self.batch, self.routes, self.chunks, self.state_size, self.channels)
         sums = self.empty(self.batch, self.routes, self.chunks, self.channels)
         kernels = _kernels()
-        kernels._scan_chunk_kernel[(self.chunks * self.blocks, self.batch * self.routes)](
+        kernels._scan_chunk_kernel[checked_launch(self.batch * self.routes * self.chunks * self.blocks)](
             p_in=tokens,
             p_dt=self.dt,
             p_a=self.A,
@@ -183,15 +143,9 @@ class _Call:
             p_starts=self.starts,
             p_states=states,
             p_sums=sums,
-            s_in_b=stride[0],
-            s_in_k=stride[1],
-            s_in_l=stride[2],
-            s_dt_b=self.dt.stride(0),
-            s_dt_l=self.dt.stride(1),
-            s_dt_k=self.dt.stride(2),
-            s_weight_b=weights.stride(0),
-            s_weight_l=weights.stride(1),
-            s_weight_k=weights.stride(2),
+            **strides("in", "bkl", stride),
+            **strides("dt", "blk", self.dt.stride()),
+            **strides("weight", "blk", weights.stride()),
             length=self.length,
             routes=self.routes,
             channels=self.channels,
@@ -204,7 +158,7 @@ class _Call:
         )
         last = states[:, :, -1].clone() if self.final_state else None
         elements = self.state_size * self.channels
-        kernels._scan_carry_kernel[(-(-elements // 32), self.batch * self.routes)](
+        kernels._scan_carry_kernel[checked_launch(self.batch * self.routes * -(-elements // 32))](
             p_states=states,
             p_sums=sums,
             p_resets=self.resets,
@@ -225,10 +179,6 @@ class _Call:
         decay = torch.exp(self.A[:, None] * sums.unsqueeze(-2))
         return decay if has_reset is None else decay * (has_reset == 0)[:, :, None, None]
 
-    def launches(self) -> list[tuple[int, int]]:
-        """First route and number of routes of every launch whose routes share an output."""
-        return [(0, self.routes)] if self.one_launch else [(k, 1) for k in range(self.routes)]
-
 
 def forward(inputs: ScanInputs, *, save_states: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Scan all routes; see the package docstring of ``backends`` for the interface.
@@ -239,23 +189,26 @@ def forward(inputs: ScanInputs, *, save_states: bool) -> tuple[Tensor, Tensor, T
         the final state (batch, K, C, N), or an empty tensor.
 
     Raises:
-        ValueError: a state size above ``MAX_STATE_SIZE``.
+        ValueError: more programs than a launch takes.
     """
+    if _is_ssd(inputs):
+        return _ssd.forward(inputs, save_states=save_states)
     inputs = to_per_channel(inputs)
+    if inputs.sizes[-1] > MAX_STATE_SIZE:
+        return _forward_by_states(inputs, save_states)
     call = _Call(inputs)
     apart = inputs.merge == "none" or call.one_launch
-    launches = [(0, call.routes)] if apart else call.launches()
     y = call.empty(call.batch, call.routes if apart else 1, call.length, call.channels)
     with call.on_device():
         states, final = None, call.empty(0)
         if call.chunks > 1 or inputs.final_state:
-            chunks = call.chunk_states(call.x, (call.x.stride(0), 0, call.x.stride(1)), call.B, reverse=False)
+            chunks = call.chunk_states(call.x, call.x_stride, call.B, reverse=False)
             states = chunks.entering
             if chunks.last is not None:
                 decay = call.decay(chunks.sums[:, :, -1:], None if call.resets is None else call.resets[:, -1:])
                 final = (chunks.last + decay[:, :, 0] * states[:, :, -1]).mT
-        for first_route, count in launches:
-            _kernels()._scan_fwd_kernel[(call.chunks * call.blocks, call.batch, count)](
+        for first_route, count in call.launches(apart):
+            _kernels()._scan_fwd_kernel[checked_launch(call.batch * call.chunks * call.blocks, count)](
                 p_x=call.x,
                 p_dt=call.dt,
                 p_a=call.A,
@@ -268,20 +221,11 @@ def forward(inputs: ScanInputs, *, save_states: bool) -> tuple[Tensor, Tensor, T
                 p_starts=call.starts,
                 p_states=states,
                 p_y=y,
-                s_x_b=call.x.stride(0),
-                s_x_l=call.x.stride(1),
-                s_dt_b=call.dt.stride(0),
-                s_dt_l=call.dt.stride(1),
-                s_dt_k=call.dt.stride(2),
-                s_b_b=call.B.stride(0),
-                s_b_l=call.B.stride(1),
-                s_b_k=call.B.stride(2),
-                s_c_b=call.C.stride(0),
-                s_c_l=call.C.stride(1),
-                s_c_k=call.C.stride(2),
-                s_y_b=y.stride(0),
-                s_y_k=y.stride(1) if apart else 0,
-                s_y_l=y.stride(2),
+                **strides("x", "bl", call.x.stride()),
+                **strides("dt", "blk", call.dt.stride()),
+                **strides("b", "blk", call.B.stride()),
+                **strides("c", "blk", call.C.stride()),
+                **strides("y", "bkl", (y.stride(0), y.stride(1) if apart else 0, y.stride(2))),
                 first_route=first_route,
                 length=call.length,
                 routes=call.routes,
@@ -306,10 +250,50 @@ def forward(inputs: ScanInputs, *, save_states: bool) -> tuple[Tensor, Tensor, T
 def backward(inputs: ScanInputs, dy: Tensor, dfinal: Tensor | None, states: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients of ``inputs.differentiable`` (None where the input is None); ddt in the dtype of dt, the others in
     float32 or float64."""
+    if _is_ssd(inputs):
+        return _ssd.backward(inputs, dy, dfinal, states)
     return from_per_channel(inputs, _backward(to_per_channel(inputs), dy, dfinal, states))
 
 
-def _later_states(call: _Call, dy: Tensor, dy_stride: tuple[int, ...], dfinal: Tensor | None) -> Tensor:
+def _is_ssd(inputs: ScanInputs) -> bool:
+    return inputs.heads is not None and inputs.compute_dtype == torch.float32
+
+
+def _by_states(inputs: ScanInputs) -> list[tuple[slice, ScanInputs]]:
+    """An S6 scan in parts of ``MAX_STATE_SIZE`` states, whose outputs add up; D belongs to the first."""
+    state_size = inputs.sizes[-1]
+    A = inputs.A.expand(-1, -1, state_size)
+    parts = [slice(first, first + MAX_STATE_SIZE) for first in range(0, state_size, MAX_STATE_SIZE)]
+    return [
+        (n, replace(inputs, A=A[..., n], B=inputs.B[..., n], C=inputs.C[..., n], D=None if n.start else inputs.D))
+        for n in parts
+    ]
+
+
+def _forward_by_states(inputs: ScanInputs, save_states: bool) -> tuple[Tensor, Tensor, Tensor]:
+    y, states, finals = zip(*(forward(part, save_states=save_states) for _, part in _by_states(inputs)), strict=True)
+    return _sum(y), torch.cat(states, 3) if save_states else states[0], torch.cat(finals, -1)
+
+
+def _backward_by_states(inputs: ScanInputs, dy: Tensor, dfinal: Tensor | None, states: Tensor) -> _Gradients:
+    gradients = [
+        _backward(part, dy, None if dfinal is None else dfinal[..., n], states[:, :, :, n].contiguous())
+        for n, part in _by_states(inputs)
+    ]
+    dx, ddt, dA, dB, dC, dD, dbias = zip(*gradients, strict=True)
+    dbias_sum = None if inputs.dt_bias is None else _sum(dbias)
+    return _sum(dx), _sum(ddt), torch.cat(dA, -1), torch.cat(dB, -1), torch.cat(dC, -1), dD[0], dbias_sum
+
+
+def _sum(parts: Sequence[Tensor]) -> Tensor:
+    """Their sum, from the first to the last."""
+    total = parts[0].clone()
+    for part in parts[1:]:
+        total += part
+    return total
+
+
+def _later_states(call: _Call, dy: Tensor, dy_stride: tuple[int, int, int], dfinal: Tensor | None) -> Tensor:
     """dL/dh at the end of every chunk as seen from what comes after it, (batch, K, M, N, C)."""
     if call.chunks == 1:
         if dfinal is not None:
@@ -332,16 +316,18 @@ def _sum_of_later(values: Tensor, axis: int) -> Tensor:
     return shifted.flip(axis).cumsum(axis).flip(axis)
 
 
-def _backward(inputs: ScanInputs, dy: Tensor, dfinal: Tensor | None, states: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(inputs: ScanInputs, dy: Tensor, dfinal: Tensor | None, states: Tensor) -> _Gradients:
+    """Of an S6 scan: gradients of x, dt, A (K, c, N), B, C, D, dt_bias."""
+    if inputs.sizes[-1] > MAX_STATE_SIZE:
+        return _backward_by_states(inputs, dy, dfinal, states)
     call = _Call(inputs)
     sizes = tile_sizes(call.state_size, is_backward=True)
-    dy = _rows(dy)
-    dy_stride = (dy.stride(0), 0, dy.stride(1)) if inputs.merge == "sum" else dy.stride()[:3]
+    dy = rows(dy)
+    dy_stride = call.gradient_stride(dy)
     batch, length, channels, routes, state_size = call.batch, call.length, call.channels, call.routes, call.state_size
-    launches = call.launches()
     items, copies = batch * call.chunks, routes if call.one_launch else 1
-    parts = min(items, max(1, PROGRAMS // copies))
-    groups = max(1, min(-(-channels // sizes["BC"]), PROGRAMS // (parts * copies)))
+    parts = min(items, max(1, _launch.PROGRAMS // copies))
+    groups = max(1, min(-(-channels // sizes["BC"]), _launch.PROGRAMS // (parts * copies)))
     dx = call.empty(batch, copies, length, channels)
     ddt = call.empty(*inputs.dt.shape, dtype=inputs.dt.dtype)
     dB, dC = (call.empty(groups, batch, length, routes, state_size) for _ in range(2))
@@ -354,8 +340,8 @@ def _backward(inputs: ScanInputs, dy: Tensor, dfinal: Tensor | None, states: Ten
     dD, dbias = (None if t is None else call.empty(routes, channels) for t in (inputs.D, inputs.dt_bias))
     with call.on_device():
         later = _later_states(call, dy, dy_stride, dfinal)
-        for first_route, count in launches:
-            _kernels()._scan_bwd_kernel[(parts, groups, count)](
+        for first_route, count in call.launches():
+            _kernels()._scan_bwd_kernel[checked_launch(parts, groups, count)](
                 p_dy=dy,
                 p_x=call.x,
                 p_dt=call.dt,
@@ -377,23 +363,12 @@ def _backward(inputs: ScanInputs, dy: Tensor, dfinal: Tensor | None, states: Ten
                 p_dc=dC,
                 p_dd=partial_dD,
                 p_dbias=partial_bias,
-                s_dy_b=dy_stride[0],
-                s_dy_k=dy_stride[1],
-                s_dy_l=dy_stride[2],
-                s_x_b=call.x.stride(0),
-                s_x_l=call.x.stride(1),
-                s_dt_b=call.dt.stride(0),
-                s_dt_l=call.dt.stride(1),
-                s_dt_k=call.dt.stride(2),
-                s_b_b=call.B.stride(0),
-                s_b_l=call.B.stride(1),
-                s_b_k=call.B.stride(2),
-                s_c_b=call.C.stride(0),
-                s_c_l=call.C.stride(1),
-                s_c_k=call.C.stride(2),
-                s_dx_b=dx.stride(0),
-                s_dx_k=dx.stride(1) if call.one_launch else 0,
-                s_dx_l=dx.stride(2),
+                **strides("dy", "bkl", dy_stride),
+                **strides("x", "bl", call.x.stride()),
+                **strides("dt", "blk", call.dt.stride()),
+                **strides("b", "blk", call.B.stride()),
+                **strides("c", "blk", call.C.stride()),
+                **strides("dx", "bkl", (dx.stride(0), dx.stride(1) if call.one_launch else 0, dx.stride(2))),
                 first_route=first_route,
                 batch=batch,
                 length=length,
