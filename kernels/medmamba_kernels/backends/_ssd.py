@@ -282,9 +282,6 @@ def _other_gradients(
         "p_low": call.steps.low,
         "p_mask": call.mask,
         "p_order": call.order,
-        "p_entering": entering,
-        "p_leaving": leaving,
-        "p_through": through,
         "p_db": dB,
         "p_dc": dC,
         **strides("dy", "bkl", dy_stride),
@@ -305,16 +302,23 @@ def _other_gradients(
             p_decays=call.steps.decays,
             p_states=states,
             p_later=later,
+            p_entering=entering,
+            p_leaving=leaving,
+            p_through=through,
         )
+        entering, leaving, through = (t.squeeze(0) if blocks == 1 else t.sum(0) for t in (entering, leaving, through))
         _kernels()._ssd_bwd_pairs_kernel[checked_launch(programs)](
             **shared,
             p_a=call.A,
             p_slope=call.steps.slope,
+            p_entering=entering,
+            p_leaving=leaving,
+            p_through=through,
             p_ddt=ddt,
             p_da=dA,
             p_dd=dD,
             p_dbias=dbias,
         )
     dB, dC = (t.squeeze(0) if groups == 1 else t.sum(0) for t in (dB, dC))
-    dA, dD, dbias = (None if t is None else t.sum((0, 2)) for t in (dA, dD, dbias))
-    return ddt, (dA, dB, dC, dD, dbias)
+    others = [None if t is None else t.sum((0, 2)) for t in (dD, dbias)]
+    return ddt, (dA.sum((0, 2)), dB, dC, *others)

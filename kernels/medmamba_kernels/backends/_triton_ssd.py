@@ -530,6 +530,30 @@ def _ssd_bwd_states_kernel(
     tl.store(p_db + o_row[:, None] * N + o_n[None, :], b_db, mask=m_row)
 
 
+@triton.jit
+def _add_pairs(
+    p_out,
+    b_pairs,
+    p_weight,
+    token,
+    m_exists,
+    m_active,
+    s_weight_l,
+    i_row,
+    N: tl.constexpr,
+    BN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Add b_pairs @ weight to rows ``i_row`` of an output (rows, N)."""
+    for i_n in tl.range(0, N, BN, disable_licm=True, loop_unroll_factor=1):
+        o_n = i_n + tl.arange(0, BN).to(tl.int64)
+        p_tile = p_out + i_row[:, None] * N + o_n[None, :]
+        m_tile = m_exists[:, None] & (o_n < N)[None, :]
+        b_out = tl.load(p_tile, mask=m_tile, other=0)
+        b_out = _dot(b_pairs, _weight(p_weight, token, m_active, s_weight_l, i_n, N, BN), b_out, PRECISION)
+        tl.store(p_tile, b_out, mask=m_tile)
+
+
 @triton.jit(do_not_specialize=["heads", *SIZES])
 def _ssd_bwd_pairs_kernel(
     p_dy,
@@ -583,8 +607,8 @@ def _ssd_bwd_pairs_kernel(
         dC += (L T dt) B        dB += (L T dt)^T C        ddt_j = sum_i L_ij S_ij T_ij + leaving_j + A dl_j
 
     L T dt is added up over heads before its products with B and C. dl_t, the gradient of l_t = dt_t A, is the sum of
-    what passes over t: the pairs j < t <= i (rows minus columns of L S T dt, summed from the end), the state that
-    enters to tokens from t on, tokens before t to the end, and the state through the chunk. These sums are float64.
+    what passes over t: the pairs j < t <= i of L S T dt, the state that enters to tokens from t on, tokens before t to
+    the end, and the state through the chunk.
 
     Grid: (batch * routes * chunks * groups of heads,). Adds to ``p_db`` and ``p_dc`` of ``_ssd_bwd_states_kernel``;
     sums over the chunk go to ``p_da`` and ``p_dbias`` (batch, K, M, H) and ``p_dd`` (batch, K, M, C).
@@ -620,23 +644,19 @@ def _ssd_bwd_pairs_kernel(
                 tl.store(p_dd + i_bkm * heads * P + o_c, b_dd, mask=m_p)
 
         b_dt = tl.load(p_dt + i_head * Q + o_q)
-        b_entering, b_leaving = tl.zeros([Q], tl.float32), tl.zeros([Q], tl.float32)
-        through = 0.0
-        for i_n in range(tl.cdiv(N, BN)):
-            i_part = i_n * batch.to(tl.int64) * routes * chunks * heads + i_head
-            b_entering += tl.load(p_entering + i_part * Q + o_q)
-            b_leaving += tl.load(p_leaving + i_part * Q + o_q)
-            through += tl.load(p_through + i_part)
         b_products *= _decay_between(p_high + i_head * Q, p_low + i_head * Q, False, Q)
         b_heads += b_products * b_dt[None, :]
         b_products *= b_scores
-        b_ddt = tl.sum(b_products, axis=0) + b_leaving
-        b_products = tl.where(o_q[:, None] > o_q[None, :], b_products * b_dt[None, :], 0)
-        b_passing = tl.sum(b_products, axis=1).to(tl.float64) - tl.sum(b_products, axis=0).to(tl.float64)
-        b_passing += b_entering.to(tl.float64)
-        b_leaving = (b_leaving * b_dt).to(tl.float64)
-        b_passing = tl.cumsum(b_passing, axis=0, reverse=True) + tl.cumsum(b_leaving, axis=0) - b_leaving
-        b_dlog = b_passing.to(tl.float32) + through
+        b_ddt = tl.sum(b_products, axis=0)
+        # [t, j]: sum over i >= t, then over j < t. Rows minus columns would need no running sum of a tile, and cancel
+        # where a step is large.
+        b_products = tl.cumsum(b_products * b_dt[None, :], axis=0, reverse=True)
+        b_dlog = tl.sum(tl.where(o_q[None, :] < o_q[:, None], b_products, 0), axis=1)
+        b_ddt += tl.load(p_leaving + i_head * Q + o_q)
+        b_left = tl.load(p_leaving + i_head * Q + o_q - 1, mask=o_q > 0, other=0)
+        b_left *= tl.load(p_dt + i_head * Q + o_q - 1, mask=o_q > 0, other=0)
+        b_dlog += tl.cumsum(b_left, axis=0) + tl.load(p_through + i_head)
+        b_dlog += tl.cumsum(tl.load(p_entering + i_head * Q + o_q), axis=0, reverse=True)
         b_ddt = (b_ddt + b_dlog * tl.load(p_a + i_k * heads + i_h)) * tl.load(p_slope + i_head * Q + o_q)
         tl.store(p_ddt + token * routes * heads + i_h, b_ddt, mask=m_exists)
         tl.store(p_da + i_head, tl.sum(b_dlog * b_dt, axis=0))
@@ -644,13 +664,5 @@ def _ssd_bwd_pairs_kernel(
             tl.store(p_dbias + i_head, tl.sum(b_ddt, axis=0))
 
     i_row = ((i_g * batch + i_b) * length + token) * routes + i_k
-    for i_n in tl.range(0, N, BN, disable_licm=True, loop_unroll_factor=1):
-        o_n = i_n + tl.arange(0, BN).to(tl.int64)
-        o_row = i_row[:, None] * N + o_n[None, :]
-        m_row = m_exists[:, None] & (o_n < N)[None, :]
-        b_dc = tl.load(p_dc + o_row, mask=m_row, other=0)
-        b_dc = _dot(b_heads, _weight(p_b, token, m_active, s_b_l, i_n, N, BN), b_dc, PRECISION)
-        tl.store(p_dc + o_row, b_dc, mask=m_row)
-        b_db = tl.load(p_db + o_row, mask=m_row, other=0)
-        b_db = _dot(tl.trans(b_heads), _weight(p_c, token, m_active, s_c_l, i_n, N, BN), b_db, PRECISION)
-        tl.store(p_db + o_row, b_db, mask=m_row)
+    _add_pairs(p_dc, b_heads, p_b, token, m_exists, m_active, s_b_l, i_row, N, BN, PRECISION)
+    _add_pairs(p_db, tl.trans(b_heads), p_c, token, m_exists, m_active, s_c_l, i_row, N, BN, PRECISION)
