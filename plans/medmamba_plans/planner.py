@@ -6,8 +6,10 @@ nnU-Net's planner starts with a large patch and makes it smaller until the netwo
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from medmamba_plans.derive import BUDGET, PlanError, Request
@@ -19,6 +21,12 @@ if TYPE_CHECKING:
 MIN_BATCH = 2
 #: In 2D the whole dataset would often fit into one batch. nnU-Net's reference is 12 slices.
 MOST_SLICES = 64
+
+#: What of nnU-Net's architecture goes into ours.
+_TOPOLOGY = ("strides", "kernel_sizes", "features_per_stage")
+#: A patch is not counted where another patch of the same network says that it is this much too large: memory is
+#: proportional to the voxels within a few percent.
+_CLEARLY = 1.2
 
 #: What preprocessed data depend on, of a configuration and of the whole plans.
 _DATA_KEYS = (
@@ -59,6 +67,7 @@ def plan_for_budget(dataset: str, request: Request, stock: Mapping[str, Any]) ->
             gpu_memory_target_in_gb=request.budget_gb,
             overwrite_plans_name=request.plans_name,
         )
+    plans = json.loads(json.dumps(plans))  # lists for tuples, as nnU-Net reads them back from its file
     share_data(plans, stock)
     return {**plans, "plans_name": BUDGET}
 
@@ -88,7 +97,8 @@ def planner_class(request: Request) -> Any:
             self.budget = self.UNet_vram_target_GB * GB
             self.cascade_channels = 0
             self.extra_channels = 0
-            self.counted: dict[str, Footprint] = {}
+            self.counted: dict[tuple[str, tuple[int, ...]], Footprint] = {}
+            self.counted_with: dict[str, tuple[int, Footprint]] = {}
 
         def plan_experiment(self) -> dict[str, Any]:
             plans: dict[str, Any] = super().plan_experiment()
@@ -133,11 +143,13 @@ def planner_class(request: Request) -> Any:
             arch_kwargs_req_import: Sequence[str],
         ) -> float:
             """Memory of the reference batch over what the budget has for it."""
-            counted = self.footprint(patch_size, arch_class_name, arch_kwargs)
-            free = self.budget - model.without_batch(counted)
             is_2d = len(patch_size) == 2
             batch = self.UNet_reference_val_corresp_bs_2d if is_2d else self.UNet_reference_val_corresp_bs_3d
-            estimate = batch * model.per_sample(counted) / free if free > 0 else math.inf
+            like = self.like(patch_size, arch_kwargs)
+            if like is not None and self.share(like, batch) > _CLEARLY:
+                return self.share(like, batch)
+            counted = self.footprint(patch_size, arch_class_name, arch_kwargs)
+            estimate = self.share(counted, batch)
             if estimate > 1 and max(patch_size) < 4 * self.UNet_featuremap_min_edge_length:
                 size = "x".join(map(str, patch_size))
                 raise PlanError(
@@ -147,27 +159,43 @@ def planner_class(request: Request) -> Any:
                 )
             return estimate
 
+        def share(self, counted: Footprint, batch: int) -> float:
+            free = self.budget - model.without_batch(counted)
+            return batch * model.per_sample(counted) / free if free > 0 else math.inf
+
+        def like(self, patch_size: Sequence[int], arch_kwargs: Mapping[str, Any]) -> Footprint | None:
+            """Footprint of this patch by its voxels, if the network has been counted with another one."""
+            known = self.counted_with.get(self.topology(arch_kwargs))
+            if known is None:
+                return None
+            voxels, counted = known
+            return replace(counted, peak=round(counted.peak * math.prod(map(int, patch_size)) / voxels))
+
+        def topology(self, arch_kwargs: Mapping[str, Any]) -> str:
+            return json.dumps([self.channels(), *(np.array(arch_kwargs[key]).tolist() for key in _TOPOLOGY)])
+
+        def channels(self) -> int:
+            return len(self.dataset_json.get("channel_names") or self.dataset_json["modality"]) + self.extra_channels
+
         def footprint(
             self, patch_size: Sequence[int], arch_class_name: str, arch_kwargs: Mapping[str, Any]
         ) -> Footprint:
-            planned = {key: np.array(arch_kwargs[key]).tolist() for key in ("strides", "kernel_sizes")}
-            planned["features_per_stage"] = list(arch_kwargs["features_per_stage"])
-            patch = [int(n) for n in patch_size]
-            channels = len(self.dataset_json.get("channel_names") or self.dataset_json["modality"])
-            channels += self.extra_channels
-            key = f"{patch} {planned} {channels}"
-            if key not in self.counted:
+            topology, patch = self.topology(arch_kwargs), [int(n) for n in patch_size]
+            if (topology, tuple(patch)) not in self.counted:
+                planned = {key: np.array(arch_kwargs[key]).tolist() for key in _TOPOLOGY}
                 stock = {"network_class_name": arch_class_name, "arch_kwargs": planned}
                 try:
                     block = architecture_block(request.network, stock, request.network_options)
                     with torch.device("meta"):
-                        network = build_network(block, channels, len(self.dataset_json["labels"]))
-                    self.counted[key] = footprint(network, channels, patch)
+                        network = build_network(block, self.channels(), len(self.dataset_json["labels"]))
+                    counted = footprint(network, self.channels(), patch)
                 except ArchitectureError as error:
                     raise PlanError(str(error)) from error
                 except (ValueError, TypeError, KeyError) as error:
                     raise PlanError(str(error.args[0])) from error
-            return self.counted[key]
+                self.counted[topology, tuple(patch)] = counted
+                self.counted_with[topology] = (math.prod(patch), counted)
+            return self.counted[topology, tuple(patch)]
 
     return MedMambaPlanner
 
