@@ -20,8 +20,9 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument(
         "--preset",
-        metavar="M|L|XL",
-        help="patch and batch for a GPU of 8, 24 or 40 GB, the budgets of nnU-Net's ResEnc presets; default: nnU-Net's",
+        metavar="NAME",
+        help="M, L or XL: patch and batch for a GPU of 8, 24 or 40 GB, as nnU-Net's ResEnc presets; default: as in the "
+        "stock plans",
     )
     budget.add_argument("--gpu-gb", type=float, metavar="G", help="patch and batch for a GPU of G GB")
     parser.add_argument("--variant", metavar="NAME", help="named set of arguments of the network, e.g. small")
@@ -252,8 +253,11 @@ def _describe_memory(peaks: dict[str, float], budget_gb: float | None) -> None:
         print(f"  above {budget_gb:g} GB: {', '.join(above)} (the patch or batch that you asked for)")
 
 
+_DEVICE_HELP = "cpu or cuda: where to train; default: cuda if there is a GPU"
+
+
 def _configure_calibrate(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", choices=["cpu", "cuda"], help="where to train; default: cuda if there is a GPU")
+    parser.add_argument("--device", choices=["cpu", "cuda"], metavar="NAME", help=_DEVICE_HELP)
     parser.add_argument("--compile", action="store_true", help="train through torch.compile, as nnU-Net does on GPUs")
     parser.add_argument("--case", metavar="TEXT", help="only trainings whose name contains this")
     parser.add_argument("--out", type=Path, metavar="CSV", help="write the measurements")
