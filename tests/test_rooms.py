@@ -48,9 +48,12 @@ class Room:
 LOWER = ("medmamba_kernels", *NETWORK_ROOMS, "medmamba.command")
 TORCH = frozenset({"torch"})
 TRITON_KERNELS = "medmamba_kernels.backends._triton_kernels"
+TRITON_SSD = "medmamba_kernels.backends._triton_ssd"
 ROOMS: dict[str, Room] = {
-    "medmamba_kernels": Room((TRITON_KERNELS,), TORCH, lazy=frozenset({"triton"})),
-    TRITON_KERNELS: Room(third_party=TORCH | {"triton"}),  # loaded on first use, by a function of backends.gpu
+    "medmamba_kernels": Room((TRITON_KERNELS, TRITON_SSD), TORCH, lazy=frozenset({"triton"})),
+    # Loaded on first use, by functions of backends.gpu and backends._ssd.
+    TRITON_KERNELS: Room(third_party=TORCH | {"triton"}),
+    TRITON_SSD: Room((TRITON_KERNELS,), TORCH | {"triton"}),
     "medmamba.layers": Room(("medmamba_kernels",), TORCH),
     "medmamba.mixers": Room(("medmamba_kernels", "medmamba.layers"), TORCH),
     "medmamba.networks": Room(("medmamba_kernels", "medmamba.layers", "medmamba.mixers"), TORCH),

@@ -32,7 +32,8 @@ from ._launch import Call, checked_launch, next_power_of_2, rows, strides
 # Tokens of a chunk; divides ``_launch.chunk_size``.
 CHUNK = 64
 LAUNCH: dict[str, Any] = {"num_warps": 8, "num_stages": 1, "enable_fp_fusion": True}
-LAUNCH_CARRY: dict[str, Any] = {"num_warps": 1, "enable_fp_fusion": True}
+LAUNCH_STEPS: dict[str, Any] = {**LAUNCH, "num_warps": 4}
+LAUNCH_CARRY: dict[str, Any] = {**LAUNCH, "num_warps": 1}
 
 
 def _kernels() -> ModuleType:
@@ -110,7 +111,7 @@ class _Call(Call):
                 Q=CHUNK,
                 BH=block,
                 SOFTPLUS=self.softplus,
-                **{**LAUNCH, "num_warps": 4},
+                **LAUNCH_STEPS,
             )
         return steps
 

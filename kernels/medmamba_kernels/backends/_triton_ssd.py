@@ -117,10 +117,10 @@ def _dot(b_left, b_right, b_sum, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _decay_between(p_high, p_low, REVERSE: tl.constexpr, Q: tl.constexpr):
+def _decay_between(p_high, p_low, i_steps, REVERSE: tl.constexpr, Q: tl.constexpr):
     """Decay between two tokens [Q, Q]: from column to row, 0 if that is earlier; in reverse from row to column."""
-    o_q = tl.arange(0, Q)
-    b_high, b_low = tl.load(p_high + o_q), tl.load(p_low + o_q)
+    o_q = tl.arange(0, Q).to(tl.int64)
+    b_high, b_low = tl.load(p_high + (i_steps + o_q)), tl.load(p_low + (i_steps + o_q))
     b_log = (b_high[:, None] - b_high[None, :]) + (b_low[:, None] - b_low[None, :])
     m_pair = o_q[:, None] >= o_q[None, :]
     if REVERSE:
@@ -129,17 +129,18 @@ def _decay_between(p_high, p_low, REVERSE: tl.constexpr, Q: tl.constexpr):
 
 
 @triton.jit
-def _decay_from_start(p_high, Q: tl.constexpr):
+def _decay_from_start(p_high, i_steps, Q: tl.constexpr):
     """Decay from the state that enters to every token [Q]."""
-    return tl.exp2(tl.load(p_high + tl.arange(0, Q)))
+    return tl.exp2(tl.load(p_high + (i_steps + tl.arange(0, Q).to(tl.int64))))
 
 
 @triton.jit
-def _decay_to_end(p_high, p_low, Q: tl.constexpr):
+def _decay_to_end(p_high, p_low, i_steps, Q: tl.constexpr):
     """Decay from every token to the end of the chunk [Q]."""
-    o_q = tl.arange(0, Q)
-    b_high, b_low = tl.load(p_high + Q - 1) - tl.load(p_high + o_q), tl.load(p_low + Q - 1) - tl.load(p_low + o_q)
-    return tl.exp2(tl.minimum(b_high + b_low, 0))
+    o_q = i_steps + tl.arange(0, Q).to(tl.int64)
+    i_last = i_steps + Q - 1
+    b_high = tl.load(p_high + i_last) - tl.load(p_high + o_q)
+    return tl.exp2(tl.minimum(b_high + (tl.load(p_low + i_last) - tl.load(p_low + o_q)), 0))
 
 
 @triton.jit(do_not_specialize=["heads", *SIZES])
@@ -253,9 +254,10 @@ def _ssd_chunk_kernel(
     for i_h in tl.range(i_g * per_group, tl.minimum(i_g * per_group + per_group, heads), disable_licm=True):
         i_steps = (i_bkm * heads + i_h) * Q
         if REVERSE:
-            b_factor = _decay_from_start(p_high + i_steps, Q)
+            b_factor = _decay_from_start(p_high, i_steps, Q)
         else:
-            b_factor = _decay_to_end(p_high + i_steps, p_low + i_steps, Q) * tl.load(p_dt + i_steps + tl.arange(0, Q))
+            b_dt = tl.load(p_dt + (i_steps + tl.arange(0, Q).to(tl.int64)))
+            b_factor = _decay_to_end(p_high, p_low, i_steps, Q) * b_dt
         for i_p in tl.range(0, P, BP, disable_licm=True, loop_unroll_factor=1):
             o_p = i_p + tl.arange(0, BP).to(tl.int64)
             m_p = o_p < P
@@ -371,7 +373,7 @@ def _ssd_output_kernel(
     i_k = tl.program_id(1).to(tl.int64) + first_route
     i_bkm = (i_b * routes + i_k) * chunks + i_m
     per_group = tl.cdiv(heads, groups)
-    o_q = tl.arange(0, Q)
+    o_q = tl.arange(0, Q).to(tl.int64)
     p_in += i_b * s_in_b + i_k * s_in_k
     p_in_weight += i_b * s_in_weight_b + i_k * s_in_weight_k
     p_out_weight += i_b * s_out_weight_b + i_k * s_out_weight_k
@@ -388,13 +390,13 @@ def _ssd_output_kernel(
     b_scores = _scores(p_in_weight, p_out_weight, token, m_active, s_in_weight_l, s_out_weight_l, N, BN, Q, PRECISION)
     for i_h in tl.range(i_g * per_group, tl.minimum(i_g * per_group + per_group, heads), disable_licm=True):
         i_steps = (i_bkm * heads + i_h) * Q
-        b_dt = tl.load(p_dt + i_steps + o_q)
-        b_pairs = _decay_between(p_high + i_steps, p_low + i_steps, REVERSE, Q) * b_scores
+        b_dt = tl.load(p_dt + (i_steps + o_q))
+        b_pairs = _decay_between(p_high, p_low, i_steps, REVERSE, Q) * b_scores
         if REVERSE:
-            b_decay = _decay_to_end(p_high + i_steps, p_low + i_steps, Q) * b_dt
+            b_decay = _decay_to_end(p_high, p_low, i_steps, Q) * b_dt
             b_pairs = b_pairs * b_dt[:, None]
         else:
-            b_decay = _decay_from_start(p_high + i_steps, Q)
+            b_decay = _decay_from_start(p_high, i_steps, Q)
             b_pairs = b_pairs * b_dt[None, :]
         for i_p in tl.range(0, P, BP, disable_licm=True, loop_unroll_factor=1):
             o_p = i_p + tl.arange(0, BP).to(tl.int64)
@@ -480,7 +482,7 @@ def _ssd_bwd_states_kernel(
     per_group = tl.cdiv(heads, groups)
     i_n = tl.program_id(1).to(tl.int64)
     o_n = i_n * BN + tl.arange(0, BN).to(tl.int64)
-    o_q = tl.arange(0, Q)
+    o_q = tl.arange(0, Q).to(tl.int64)
     m_n = o_n < N
     p_dy += i_b * s_dy_b + i_k * s_dy_k
     p_x += i_b * s_x_b
@@ -498,8 +500,8 @@ def _ssd_bwd_states_kernel(
     b_db, b_dc = tl.zeros([Q, BN], tl.float32), tl.zeros([Q, BN], tl.float32)
     for i_h in tl.range(i_g * per_group, tl.minimum(i_g * per_group + per_group, heads), disable_licm=True):
         i_steps = (i_bkm * heads + i_h) * Q
-        b_start = _decay_from_start(p_high + i_steps, Q)
-        b_end = _decay_to_end(p_high + i_steps, p_low + i_steps, Q)
+        b_start = _decay_from_start(p_high, i_steps, Q)
+        b_end = _decay_to_end(p_high, p_low, i_steps, Q)
         b_entering, b_leaving = tl.zeros([Q], tl.float32), tl.zeros([Q], tl.float32)
         b_through = tl.zeros([BP], tl.float32)
         for i_p in tl.range(0, P, BP, disable_licm=True, loop_unroll_factor=1):
@@ -516,13 +518,13 @@ def _ssd_bwd_states_kernel(
             b_g = tl.load(p_later + o_nc, mask=m_np, other=0)
             b_x = _tile(p_x + token[:, None] * s_x_l + o_c[None, :], m_qp)
             b_part = _dot(b_x, tl.trans(b_g), tl.zeros([Q, BN], tl.float32), PRECISION) * b_end[:, None]
-            b_db += b_part * tl.load(p_dt + i_steps + o_q)[:, None]
+            b_db += b_part * tl.load(p_dt + (i_steps + o_q))[:, None]
             b_leaving += tl.sum(b_part * b_b.to(tl.float32), axis=1)
             b_through += tl.sum(b_h * b_g, axis=0)
         i_head = i_bkm * heads + i_h
         i_part = i_n * batch * routes * chunks * heads + i_head
-        tl.store(p_entering + i_part * Q + o_q, b_entering)
-        tl.store(p_leaving + i_part * Q + o_q, b_leaving)
+        tl.store(p_entering + (i_part * Q + o_q), b_entering)
+        tl.store(p_leaving + (i_part * Q + o_q), b_leaving)
         tl.store(p_through + i_part, tl.sum(b_through, axis=0) * tl.load(p_decays + i_head))
     o_row = ((i_g * batch + i_b) * length + token) * routes + i_k
     m_row = m_exists[:, None] & m_n[None, :]
@@ -615,7 +617,7 @@ def _ssd_bwd_pairs_kernel(
     """
     i_g, i_bkm, i_m, i_b, i_k = _program(groups, chunks, routes)
     per_group = tl.cdiv(heads, groups)
-    o_q = tl.arange(0, Q)
+    o_q = tl.arange(0, Q).to(tl.int64)
     p_dy += i_b * s_dy_b + i_k * s_dy_k
     p_x += i_b * s_x_b
     p_b += i_b * s_b_b + i_k * s_b_k
@@ -630,6 +632,7 @@ def _ssd_bwd_pairs_kernel(
     b_heads = tl.zeros([Q, Q], tl.float32)
     for i_h in tl.range(i_g * per_group, tl.minimum(i_g * per_group + per_group, heads), disable_licm=True):
         i_head = i_bkm * heads + i_h
+        i_steps = i_head * Q
         b_products = tl.zeros([Q, Q], tl.float32)
         for i_p in tl.range(0, P, BP, disable_licm=True, loop_unroll_factor=1):
             o_p = i_p + tl.arange(0, BP).to(tl.int64)
@@ -643,8 +646,8 @@ def _ssd_bwd_pairs_kernel(
                 b_dd = tl.sum(b_x.to(tl.float32) * b_dy.to(tl.float32), axis=0)
                 tl.store(p_dd + i_bkm * heads * P + o_c, b_dd, mask=m_p)
 
-        b_dt = tl.load(p_dt + i_head * Q + o_q)
-        b_products *= _decay_between(p_high + i_head * Q, p_low + i_head * Q, False, Q)
+        b_dt = tl.load(p_dt + (i_steps + o_q))
+        b_products *= _decay_between(p_high, p_low, i_steps, False, Q)
         b_heads += b_products * b_dt[None, :]
         b_products *= b_scores
         b_ddt = tl.sum(b_products, axis=0)
@@ -652,12 +655,12 @@ def _ssd_bwd_pairs_kernel(
         # where a step is large.
         b_products = tl.cumsum(b_products * b_dt[None, :], axis=0, reverse=True)
         b_dlog = tl.sum(tl.where(o_q[None, :] < o_q[:, None], b_products, 0), axis=1)
-        b_ddt += tl.load(p_leaving + i_head * Q + o_q)
-        b_left = tl.load(p_leaving + i_head * Q + o_q - 1, mask=o_q > 0, other=0)
-        b_left *= tl.load(p_dt + i_head * Q + o_q - 1, mask=o_q > 0, other=0)
+        b_ddt += tl.load(p_leaving + (i_steps + o_q))
+        b_left = tl.load(p_leaving + (i_steps + o_q - 1), mask=o_q > 0, other=0)
+        b_left *= tl.load(p_dt + (i_steps + o_q - 1), mask=o_q > 0, other=0)
         b_dlog += tl.cumsum(b_left, axis=0) + tl.load(p_through + i_head)
-        b_dlog += tl.cumsum(tl.load(p_entering + i_head * Q + o_q), axis=0, reverse=True)
-        b_ddt = (b_ddt + b_dlog * tl.load(p_a + i_k * heads + i_h)) * tl.load(p_slope + i_head * Q + o_q)
+        b_dlog += tl.cumsum(tl.load(p_entering + (i_steps + o_q)), axis=0, reverse=True)
+        b_ddt = (b_ddt + b_dlog * tl.load(p_a + i_k * heads + i_h)) * tl.load(p_slope + (i_steps + o_q))
         tl.store(p_ddt + token * routes * heads + i_h, b_ddt, mask=m_exists)
         tl.store(p_da + i_head, tl.sum(b_dlog * b_dt, axis=0))
         if p_dbias is not None:
