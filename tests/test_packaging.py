@@ -68,6 +68,7 @@ def test_without_a_compiler_the_wheel_is_pure_and_says_so(sources, tmp_path):
         "medmamba_plans",
     }
     assert "medmamba/demo/data/Dataset004_Hippocampus/LICENSE" in names
+    assert "medmamba/diagnostics/memory_model.json" in names
     assert sum(name.endswith(".nii.gz") for name in names) == 16
 
 

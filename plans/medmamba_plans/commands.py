@@ -317,12 +317,18 @@ def _measured(
     rows: list[dict[str, Any]] = []
     print(f"{'training':<44} {'counted MiB':>11} {'peak MiB':>9}")
     for case in chosen:
-        (row,) = calibrate.measure([case], device, arguments.compile)
+        try:
+            (row,) = calibrate.measure([case], device, arguments.compile)
+        except CommandError as error:  # e.g. a GPU that is too small for this one
+            print(f"left out: {error}", flush=True)
+            continue
         rows.append(row)
         counted = row["batch_size"] * row["live_mib"]
         print(f"{case.name:<44} {counted:>11.0f} {row['peak_mib']:>9.0f}", flush=True)
         if arguments.out is not None:  # after every row: a GPU may be taken away
             calibrate.write(rows, facts, arguments.out)
+    if not rows:
+        raise CommandError("no training could be measured; the lines above say why", 1)
     if arguments.out is not None:
         print(f"wrote {arguments.out}")
     return rows, facts

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -217,9 +217,12 @@ def test_a_cascade_fits_too_with_the_channels_of_its_first_stage(nnunet_root):
 @pytest.mark.parametrize("name", ["axes permuted", "anisotropic"])
 def test_the_presets_of_the_full_network(name, nnunet_root):
     requests = [Request("vmunet", preset=preset) for preset in PRESETS]
-    planned = plan_all(nnunet_root, f"Dataset{970 + len(name)}_Preset", GEOMETRIES[name], requests)
-    for budget, plans, name, _ in planned.configurations():
-        assert 0.3 * budget * GB < predicted_peak(plans, name, planned.dataset_json) <= budget * GB or name == "2d"
+    many = replace(GEOMETRIES[name], cases=400)  # the batch is not limited by the dataset
+    planned = plan_all(nnunet_root, f"Dataset{970 + len(name)}_Preset", many, requests)
+    for budget, plans, configuration, _ in planned.configurations():
+        peak = predicted_peak(plans, configuration, planned.dataset_json) / GB
+        assert peak <= budget
+        assert peak > 0.75 * budget or configuration == "2d"
     patches = [math.prod(plans["configurations"]["3d_fullres"]["patch_size"]) for plans in planned.plans.values()]
     assert patches == sorted(patches)
     assert [plans["plans_name"] for plans in planned.plans.values()] == [

@@ -109,6 +109,26 @@ def test_a_training_that_fails_is_named(monkeypatch):
         list(calibrate.measure([case], "cpu"))
 
 
+def test_the_command_goes_on_after_a_training_that_fails(tmp_path, monkeypatch, capsys):
+    small, failing, other = (Case("vmunet", (n, 16, 16), 1, ()) for n in (16, 32, 48))
+
+    def measure(chosen, device, is_compiled):
+        if chosen == [failing]:
+            raise CommandError(f"{failing.name} on cpu cannot be measured: out of memory", 1)
+        yield {"device": device, **row(1000, 20.0, 1, 30.0)}
+
+    monkeypatch.setattr(calibrate, "cases", lambda device: [small, failing, other])
+    monkeypatch.setattr(calibrate, "measure", measure)
+    out = tmp_path / "memory.csv"
+    assert main(["calibrate", "--device", "cpu", "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "left out: vmunet 32x16x16 batch 1 on cpu cannot be measured: out of memory" in printed
+    assert "too few measurements to fit the coefficients: 2" in printed
+    assert len(calibrate.read(out)) == 2
+    assert main(["calibrate", "--device", "cpu", "--case", "32x"]) == 1
+    assert "no training could be measured" in capsys.readouterr().err
+
+
 @pytest.fixture
 def invented(tmp_path) -> Path:
     path = tmp_path / "gpu.csv"
