@@ -100,7 +100,7 @@ def test_a_peer_computes_the_scan_and_its_gradients(name):
     assert peer_that_runs(name).check(CPU) is None
 
 
-@pytest.mark.slow
+@pytest.mark.bench
 def test_the_compiled_peer_computes_the_scan_and_its_gradients():
     assert peer_that_runs("compiled").check(CPU) is None
 

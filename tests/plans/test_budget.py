@@ -178,7 +178,7 @@ def test_plans_are_json_and_say_what_they_are_for(planned):
         assert plans["experiment_planner_used"] == "MedMambaPlanner"
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("network", NETWORKS)
 def test_every_network_is_planned_by_its_own_memory(network, nnunet_root):
     geometry = GEOMETRIES["coarse slices"]
@@ -195,7 +195,7 @@ def test_every_network_is_planned_by_its_own_memory(network, nnunet_root):
             assert filled or whole > 0.9 * geometry.cases * math.prod(geometry.shape)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_cascade_fits_too_with_the_channels_of_its_first_stage(nnunet_root):
     requests = [Request("vmunet", variant="small", gpu_gb=gb) for gb in (2, 4)]
     planned = plan_all(nnunet_root, "Dataset990_Large", LARGE, requests)
@@ -213,7 +213,7 @@ def test_a_cascade_fits_too_with_the_channels_of_its_first_stage(nnunet_root):
         assert is_same or ours["data_identifier"] == f"{plans['plans_name']}_3d_lowres"
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", ["axes permuted", "anisotropic"])
 def test_the_presets_of_the_full_network(name, nnunet_root):
     requests = [Request("vmunet", preset=preset) for preset in PRESETS]

@@ -83,7 +83,7 @@ def test_the_shipped_measurements_are_predicted_within_a_tenth():
         )
 
 
-@pytest.mark.slow
+@pytest.mark.bench
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of a process is read from Linux")
 @pytest.mark.parametrize(
     "case",
