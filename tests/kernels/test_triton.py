@@ -294,8 +294,9 @@ def _constants(name, target, dtype, state_size, width):
         return {**shared, **tile}, {**gpu.LAUNCH, "maxnreg": 255} if is_nvidia_backward else gpu.LAUNCH
     tile = _ssd.tile_sizes(state_size, width, dtype == "bf16")
     shared |= {"Q": _ssd.CHUNK, "BH": 16, "PRECISION": _ssd.precision(target.startswith("gfx"))}
+    products = _ssd.LAUNCH if target.startswith("gfx") else {**_ssd.LAUNCH, "maxnreg": 255}
     options = {"_ssd_steps_kernel": _ssd.LAUNCH_STEPS, "_ssd_carry_kernel": _ssd.LAUNCH_CARRY}
-    return {**shared, **tile}, options.get(name, _ssd.LAUNCH)
+    return {**shared, **tile}, options.get(name, products)
 
 
 def _compile(name, target, dtype, state_size, is_full, flag=True, width=64):

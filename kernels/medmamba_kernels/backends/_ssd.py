@@ -32,8 +32,10 @@ from ._launch import Call, checked_launch, next_power_of_2, rows, strides
 # Tokens of a chunk; divides ``_launch.chunk_size``.
 CHUNK = 64
 LAUNCH: dict[str, Any] = {"num_warps": 8, "num_stages": 1, "enable_fp_fusion": True}
-LAUNCH_STEPS: dict[str, Any] = {**LAUNCH, "num_warps": 4}
-LAUNCH_CARRY: dict[str, Any] = {**LAUNCH, "num_warps": 1}
+# Left alone, ptxas may stop at 128 registers and spill, for a second program on the multiprocessor.
+LAUNCH_PRODUCTS = LAUNCH if torch.version.hip else {**LAUNCH, "maxnreg": 255}
+LAUNCH_STEPS = {**LAUNCH, "num_warps": 4}
+LAUNCH_CARRY = {**LAUNCH, "num_warps": 1}
 
 
 def _kernels() -> ModuleType:
@@ -77,7 +79,12 @@ class _Call(Call):
         self.width = self.channels // self.heads
         self.A = inputs.A.to(self.dtype).contiguous()
         self.tile = tile_sizes(self.state_size, self.width, self.x.dtype == torch.bfloat16)
-        self.options = {**self.tile, "Q": CHUNK, "PRECISION": precision(torch.version.hip is not None), **LAUNCH}
+        self.options = {
+            **self.tile,
+            "Q": CHUNK,
+            "PRECISION": precision(torch.version.hip is not None),
+            **LAUNCH_PRODUCTS,
+        }
         self.steps = self._steps(is_backward)
 
     def groups(self, routes: int) -> int:
