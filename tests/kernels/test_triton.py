@@ -293,8 +293,8 @@ def _constants(name, target, dtype, state_size, width):
         tile = gpu.tile_sizes(state_size, is_backward=name == "_scan_bwd_kernel")
         return {**shared, **tile}, {**gpu.LAUNCH, "maxnreg": 255} if is_nvidia_backward else gpu.LAUNCH
     tile = _ssd.tile_sizes(state_size, width, dtype == "bf16")
-    shared |= {"Q": _ssd.CHUNK, "BH": 16, "PRECISION": _ssd.precision(target.startswith("gfx"))}
-    products = _ssd.LAUNCH if target.startswith("gfx") else {**_ssd.LAUNCH, "maxnreg": 255}
+    products = _ssd.product_options(target.startswith("gfx"))
+    shared |= {"Q": _ssd.CHUNK, "BH": 16, "PRECISION": products.pop("PRECISION")}
     options = {"_ssd_steps_kernel": _ssd.LAUNCH_STEPS, "_ssd_carry_kernel": _ssd.LAUNCH_CARRY}
     return {**shared, **tile}, options.get(name, products)
 

@@ -31,9 +31,7 @@ from ._launch import Call, checked_launch, next_power_of_2, rows, strides
 
 # Tokens of a chunk; divides ``_launch.chunk_size``.
 CHUNK = 64
-LAUNCH: dict[str, Any] = {"num_warps": 8, "num_stages": 1, "enable_fp_fusion": True}
-# Left alone, ptxas may stop at 128 registers and spill, for a second program on the multiprocessor.
-LAUNCH_PRODUCTS = LAUNCH if torch.version.hip else {**LAUNCH, "maxnreg": 255}
+LAUNCH: dict[str, Any] = {"num_stages": 1, "enable_fp_fusion": True}
 LAUNCH_STEPS = {**LAUNCH, "num_warps": 4}
 LAUNCH_CARRY = {**LAUNCH, "num_warps": 1}
 
@@ -44,19 +42,25 @@ def _kernels() -> ModuleType:
     return _triton_ssd
 
 
-def tile_sizes(state_size: int, width: int, is_16_bit: bool) -> dict[str, int]:
+def tile_sizes(state_size: int, width: int, is_bfloat16: bool) -> dict[str, int]:
     """Compile-time sizes of a tile: BN of N states by BP of the P channels of a head.
 
     Products of float32 numbers hold three times the operands in registers, and spill in larger tiles.
     """
-    largest = 32 if is_16_bit else 16
+    largest = 32 if is_bfloat16 else 16
     states, channels = (max(16, min(largest, next_power_of_2(n))) for n in (state_size, width))
     return {"N": state_size, "P": width, "BN": states, "BP": channels}
 
 
-def precision(is_hip: bool) -> str:
-    """How products of float32 numbers are computed: NVIDIA's tensor cores need three products of tf32 numbers."""
-    return "ieee" if is_hip else "tf32x3"
+def product_options(is_hip: bool) -> dict[str, Any]:
+    """How kernels with products of matrices are launched: by 256 threads, which is 4 warps on AMD.
+
+    Products of float32 numbers need three products of tf32 numbers on NVIDIA. There ptxas may also stop at 128
+    registers and spill, for a second program on the multiprocessor, if it is not told that it may have all.
+    """
+    if is_hip:
+        return {**LAUNCH, "PRECISION": "ieee", "num_warps": 4}
+    return {**LAUNCH, "PRECISION": "tf32x3", "num_warps": 8, "maxnreg": 255}
 
 
 class _Steps(NamedTuple):
@@ -78,13 +82,9 @@ class _Call(Call):
         self.heads = inputs.heads
         self.width = self.channels // self.heads
         self.A = inputs.A.to(self.dtype).contiguous()
-        self.tile = tile_sizes(self.state_size, self.width, self.x.dtype == torch.bfloat16)
-        self.options = {
-            **self.tile,
-            "Q": CHUNK,
-            "PRECISION": precision(torch.version.hip is not None),
-            **LAUNCH_PRODUCTS,
-        }
+        is_bfloat16 = all(t.dtype == torch.bfloat16 for t in (self.x, self.B, self.C))
+        self.tile = tile_sizes(self.state_size, self.width, is_bfloat16)
+        self.options = {**self.tile, "Q": CHUNK, **product_options(torch.version.hip is not None)}
         self.steps = self._steps(is_backward)
 
     def groups(self, routes: int) -> int:
