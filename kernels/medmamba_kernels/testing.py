@@ -186,9 +186,9 @@ class SelfTest(NamedTuple):
 
 
 def self_test(backend: str, device: str | torch.device = "cpu") -> SelfTest:
-    """Run a backend in float32 on two small odd volumes and compare with the float64 reference on the CPU.
+    """Run a backend in float32 on three small odd volumes and compare with the float64 reference on the CPU.
 
-    The volumes are longer than a chunk of any backend; one has resets and a mask.
+    The volumes are longer than a chunk of any backend; two have resets and a mask, one is in SSD form.
 
     Raises:
         BackendError: the backend cannot run on this device.
@@ -198,6 +198,9 @@ def self_test(backend: str, device: str | torch.device = "cpu") -> SelfTest:
     for problem in (
         make_problem((3, 5, 7), channels=20, state_size=16),
         make_problem((2, 6, 7), channels=5, state_size=3, routes=["dhw:reset=plane", "wdh:reverse"], mask_fraction=0.3),
+        make_problem(
+            (3, 5, 7), channels=36, state_size=17, heads=2, routes=["dhw", "wdh:reverse:reset=plane"], mask_fraction=0.3
+        ),
     ):
         exact = problem.to(torch.float32).to(torch.float64)
         cotangents = {"y": torch.randn(exact.x.shape, generator=torch.Generator().manual_seed(1)).double()}

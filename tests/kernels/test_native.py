@@ -608,7 +608,7 @@ def test_reasons_why_the_library_cannot_be_used(monkeypatch, tmp_path):
     native._load.cache_clear()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_sanitizers_find_nothing(tmp_path):
     compiler = shutil.which(os.environ.get("CXX", "c++"))
     if compiler is None or shutil.which("cmake") is None:
