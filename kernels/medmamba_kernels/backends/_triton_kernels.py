@@ -141,13 +141,15 @@ def _scan_chunk_kernel(
 
     Forward: the state at its end, from x and B. Reverse: the gradient of the state before its start, from dy and C.
 
-    Grid: (batch * routes * chunks * channel blocks,). Writes states (batch, K, M, N, C) and sums (batch, K, M, C).
+    Grid: (batch * chunks * channel blocks, routes). Writes states (batch, K, M, N, C) and sums (batch, K, M, C).
     """
     blocks = tl.cdiv(channels, BC)
-    i_c = (tl.program_id(0) % blocks).to(tl.int64)
-    i_bk = (tl.program_id(0) // blocks // chunks).to(tl.int64)
-    i_m = (tl.program_id(0) // blocks % chunks).to(tl.int64)
-    i_b, i_k = i_bk // routes, i_bk % routes
+    i_bm = tl.program_id(0) // blocks
+    # Remainders by subtraction: with % ptxas needs more than 128 registers.
+    i_c = (tl.program_id(0) - i_bm * blocks).to(tl.int64)
+    i_b = (i_bm // chunks).to(tl.int64)
+    i_m = i_bm - i_b * chunks
+    i_k = tl.program_id(1).to(tl.int64)
     o_c = i_c * BC + tl.arange(0, BC).to(tl.int64)
     o_n = tl.arange(0, BN).to(tl.int64)
     m_c, m_n = o_c < channels, o_n < N
@@ -190,7 +192,7 @@ def _scan_chunk_kernel(
             b_h = b_decay * tl.fma(b_in_now.to(acc)[None, :], b_weight_now.to(acc)[:, None], b_h)
         else:
             b_h = tl.fma(b_decay, b_h, (b_dt * b_in_now.to(acc))[None, :] * b_weight_now.to(acc)[:, None])
-    i_bkm = i_bk * chunks + i_m
+    i_bkm = (i_b * routes + i_k) * chunks + i_m
     tl.store(p_states + i_bkm * N * channels + o_nc, b_h, mask=m_nc)
     tl.store(p_sums + i_bkm * channels + o_c, b_sum, mask=m_c)
 

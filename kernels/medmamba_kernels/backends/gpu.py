@@ -132,7 +132,7 @@ class _Call(Call):
         states = self.empty(self.batch, self.routes, self.chunks, self.state_size, self.channels)
         sums = self.empty(self.batch, self.routes, self.chunks, self.channels)
         kernels = _kernels()
-        kernels._scan_chunk_kernel[checked_launch(self.batch * self.routes * self.chunks * self.blocks)](
+        kernels._scan_chunk_kernel[checked_launch(self.batch * self.chunks * self.blocks, self.routes)](
             p_in=tokens,
             p_dt=self.dt,
             p_a=self.A,
