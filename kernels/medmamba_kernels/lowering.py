@@ -50,7 +50,7 @@ def from_per_channel(inputs: ScanInputs, gradients: Sequence[Tensor | None]) -> 
 
     Args:
         inputs: the scan as it was asked for.
-        gradients: of x, dt, A, B, C, D, dt_bias in the S6 form; those of A may be (K, c, N) or (K, c, 1).
+        gradients: of x, dt, A, B, C, D, dt_bias in the S6 form; in SSD those of A may be (K, c, 1).
     """
     dx, ddt, dA, dB, dC, dD, ddt_bias = gradients[:7]
     assert ddt is not None
@@ -60,8 +60,6 @@ def from_per_channel(inputs: ScanInputs, gradients: Sequence[Tensor | None]) -> 
         ddt = _sum_channels(ddt, heads)
         dA = _sum_channels(dA.sum(-1), heads)
         ddt_bias = None if ddt_bias is None else _sum_channels(ddt_bias, heads)
-    elif dA.shape != inputs.A.shape:
-        dA = dA.sum_to_size(inputs.A.shape)
     return dx, *fold_projection(inputs, ddt, (dA, dB, dC, dD, ddt_bias))
 
 

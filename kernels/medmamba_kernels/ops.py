@@ -378,7 +378,7 @@ _LIBRARY = torch.library.Library("medmamba", "FRAGMENT")
 
 
 def _register(name: str, function: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    # Defined in a library rather than as a custom_op: a call costs a third.
+    # Defined in a library rather than as a custom_op, which puts another layer of Python around every call.
     _LIBRARY.define(name + torch.library.infer_schema(function, mutates_args=()), tags=[torch.Tag.pt2_compliant_tag])
     _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
     torch.library.register_fake(f"medmamba::{name}", fake, lib=_LIBRARY)

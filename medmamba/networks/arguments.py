@@ -9,8 +9,18 @@ from torch import nn
 
 from .unet import total_strides
 
+#: nnU-Net's shape, and the published one.
+GEOMETRIES = ("native", "faithful")
+#: Routes of VMamba's blocks, by number of axes.
+VSS_ROUTES = {2: "raster4", 3: "raster6"}
 #: nnU-Net's caps of the width, by number of axes.
 MAX_FEATURES = {2: 512, 3: 320}
+
+
+def check_geometry(geometry: str) -> None:
+    """ValueError for a geometry that does not exist; the text lists those that do."""
+    if geometry not in GEOMETRIES:
+        raise ValueError(f"unknown geometry {geometry!r}; known: {', '.join(GEOMETRIES)}")
 
 
 def kernels_of_stages(

@@ -34,11 +34,10 @@ from torch import Tensor, nn
 
 from medmamba.layers import MedNeXtBlock, MedNeXtDown, MedNeXtUp, conv, conv_transpose
 
-from .arguments import MAX_FEATURES, kernels_of_stages, repeat_last, widths_of_stages
+from .arguments import MAX_FEATURES, check_geometry, kernels_of_stages, repeat_last, widths_of_stages
 from .spec import NetworkSpec, Paper
 from .unet import AddSkip, Decoder, Encoder, UNet, total_strides
 
-GEOMETRIES = ("native", "faithful")
 CHECKPOINT_STYLES = (None, "outside_block")
 _PUBLISHED_LEVELS = 5
 
@@ -186,8 +185,7 @@ def block_kernels(kernels: Sequence[Sequence[int]], kernel_size: int) -> list[li
 
 def require_geometry(geometry: str) -> None:
     """ValueError for a geometry that is neither native nor faithful."""
-    if geometry not in GEOMETRIES:
-        raise ValueError(f"unknown geometry {geometry!r}; known: {', '.join(GEOMETRIES)}")
+    check_geometry(geometry)
 
 
 def is_checkpointed(checkpoint_style: str | None) -> bool:

@@ -35,6 +35,8 @@ from medmamba.mixers import get_core, initialise_step_sizes
 
 from .arguments import (
     MAX_FEATURES,
+    VSS_ROUTES,
+    check_geometry,
     initialise_linear,
     kernels_of_stages,
     per_stage,
@@ -45,7 +47,6 @@ from .native import native_unet
 from .spec import NetworkSpec, Paper
 from .unet import ConcatSkip, Decoder, Encoder, NoSkip, UNet, total_strides
 
-GEOMETRIES = ("native", "faithful")
 _BLOCKS, _BLOCKS_OF_THIRD_STAGE = 2, 8  # published depths: 2-2-8-2
 
 
@@ -115,10 +116,9 @@ def msvmunet(
     Raises:
         ValueError, KeyError: arguments that contradict each other, an unknown geometry, norm, route or ssm_mode.
     """
-    if geometry not in GEOMETRIES:
-        raise ValueError(f"unknown geometry {geometry!r}; known: {', '.join(GEOMETRIES)}")
+    check_geometry(geometry)
     ndim = len(total_strides(strides)[0])
-    core = partial(get_core(ssm_mode), d_state=d_state, routes=routes or {2: "raster4", 3: "raster6"}[ndim])
+    core = partial(get_core(ssm_mode), d_state=d_state, routes=routes or VSS_ROUTES[ndim])
     ss2d = partial(SS2D, core=core, expand=expand, gate=False, conv_bias=False)
     feed_forward = partial(FeedForward, ratio=mlp_ratio)
     parts: dict[str, Any] = {

@@ -33,6 +33,8 @@ from medmamba.mixers import get_core, initialise_step_sizes
 
 from .arguments import (
     MAX_FEATURES,
+    VSS_ROUTES,
+    check_geometry,
     initialise_linear,
     kernels_of_stages,
     per_stage,
@@ -43,7 +45,6 @@ from .native import native_unet
 from .spec import NetworkSpec, Paper
 from .unet import check_divisible, total_strides
 
-GEOMETRIES = ("native", "faithful")
 _HEAD_FEATURES_PER_WIDTH = 4  # the published final expansion maps 96 channels to 24
 
 
@@ -104,7 +105,7 @@ def vmunet(
         ValueError, KeyError: arguments that contradict each other, an unknown geometry, route or ssm_mode.
     """
     ndim = len(total_strides(strides)[0])
-    core = partial(get_core(ssm_mode), d_state=d_state, routes=routes or {2: "raster4", 3: "raster6"}[ndim])
+    core = partial(get_core(ssm_mode), d_state=d_state, routes=routes or VSS_ROUTES[ndim])
     network = vss_unet(
         input_channels,
         num_classes,
@@ -149,8 +150,7 @@ def vss_unet(
 
     All other arguments, the result and the errors as :func:`vmunet`.
     """
-    if geometry not in GEOMETRIES:
-        raise ValueError(f"unknown geometry {geometry!r}; known: {', '.join(GEOMETRIES)}")
+    check_geometry(geometry)
     ndim = len(total_strides(strides)[0])
     kernels = kernels_of_stages(kernel_sizes, strides)
     if geometry == "faithful":

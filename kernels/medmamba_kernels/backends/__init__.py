@@ -27,7 +27,7 @@ from . import chunked, gpu, native
 
 BACKENDS: dict[str, ModuleType] = {"native": native, "torch": chunked, "triton": gpu}
 
-# The fast backend of a device, and how much slower the scan is without it: native measured on two CPUs
+# The fast backend of a device, and how much slower the scan is without it: native measured
 # (kernels/bench/results); triton is unmeasured, and therefore proves its numbers on the device before it is used.
 _FAST = {"cpu": ("native", "about 20 times slower"), "cuda": ("triton", "many times slower (not measured)")}
 
