@@ -272,6 +272,7 @@ SPEC = NetworkSpec(
         **{f"{size}k5": {**arguments, "kernel_size": 5} for size, arguments in SIZES.items()},
         "small": {"base_features": 16, "depths": 1, "expansion": 2},
     },
+    adamw={"initial_lr": 1e-3, "weight_decay": 3e-5, "eps": 1e-4},
     has_scans=False,
     published_strides=(1, 2, 2, 2, 2),
 )

@@ -353,5 +353,6 @@ SPEC = NetworkSpec(
         **SIZES,
         "small": {"base_features": 16, "depths": 1, "expansion": 2, "mamba_depths": 1, "d_state": 8},
     },
+    adamw={"initial_lr": 1e-3, "weight_decay": 3e-5, "eps": 1e-4},
     published_strides=(1, 2, 2, 2, 2),
 )

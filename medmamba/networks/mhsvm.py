@@ -218,4 +218,5 @@ SPEC = NetworkSpec(
         "drop_path_rate": 0.2,
     },
     presets={"small": {"base_features": 16, "depths": 1, "decoder_depths": 1, "d_state": 8, "drop_path_rate": 0.0}},
+    adamw={"initial_lr": 1e-3, "weight_decay": 1e-2},
 )

@@ -35,6 +35,7 @@ class NetworkSpec:
         departures: what we changed against the paper, one sentence each; never empty.
         defaults: keyword arguments that the plans spell out so that a checkpoint stays readable when a default changes.
         presets: named sets of keyword arguments, on top of ``defaults``.
+        adamw: what the paper says about AdamW: ``initial_lr``, ``weight_decay``, ``eps``; empty: nothing.
         has_scans: the builder takes ``ssm_mode``, ``routes``, ``d_state`` and ``dt_init``. Without scans there is
             nothing that a control could replace, and asking for one is an error.
         published_strides: stride of every stage of the published network, which the faithful geometry keeps. A second
@@ -48,5 +49,6 @@ class NetworkSpec:
     departures: tuple[str, ...]
     defaults: Mapping[str, Any] = field(default_factory=dict)
     presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    adamw: Mapping[str, float] = field(default_factory=dict)
     has_scans: bool = True
     published_strides: tuple[int, ...] = (1, 4, 2, 2, 2)

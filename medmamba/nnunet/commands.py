@@ -6,7 +6,7 @@ import argparse
 import shlex
 
 from medmamba.command import Command
-from medmamba.nnunet.names import EXT_TRAINER, TRAINER_NAMES, ext_trainer_value
+from medmamba.nnunet.names import EXT_TRAINER, TRAINER_NAMES_IN_WORDS, ext_trainer_value
 
 
 def _no_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,7 +23,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
     if not arguments.arguments or arguments.arguments[0] in ("-h", "--help"):
         print("usage: medmamba run nnUNetv2_COMMAND ...\n")
-        print(f"Runs a command of nnU-Net with medmamba's trainers in reach:\n  {', '.join(TRAINER_NAMES)}\n")
+        print(f"Runs a command of nnU-Net with medmamba's trainers in reach:\n  {TRAINER_NAMES_IN_WORDS}\n")
         print("\n".join(["commands:", *(f"  {name}" for name in console_commands())]))
         return 0 if arguments.arguments else 2
     name, *rest = arguments.arguments

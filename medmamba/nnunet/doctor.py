@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from medmamba.nnunet.folders import FOLDERS
-from medmamba.nnunet.names import EXT_TRAINER, TRAINER_NAMES, ext_trainer_value, trainers_folder
+from medmamba.nnunet.names import EXT_TRAINER, TRAINER_VARIANTS, ext_trainer_value, trainers_folder
 
 if TYPE_CHECKING:
     import torch
@@ -191,8 +191,9 @@ def check_lookup() -> Iterator[Check]:
             "does not name our folder; stock nnUNetv2_ commands need it for -tr, `medmamba train` and `run` do not",
             'eval "$(medmamba env)"',
         )
-    yield _lookup_check("trainer look-up, this process", _here(TRAINER_NAMES[0]))
-    yield _lookup_check("trainer look-up, child process", _in_child(_LOOKUP.format(name=TRAINER_NAMES[0])))
+    name = next(iter(TRAINER_VARIANTS))
+    yield _lookup_check("trainer look-up, this process", _here(name))
+    yield _lookup_check("trainer look-up, child process", _in_child(_LOOKUP.format(name=name)))
 
 
 _LOOKUP = """
@@ -203,7 +204,7 @@ result = find({name!r}).__module__
 
 def _lookup_check(line: str, outcome: dict[str, str]) -> Check:
     if outcome.get("result") == "medmamba.nnunet.trainers":
-        return Check("ok", line, f"nnU-Net finds {TRAINER_NAMES[0]} and {len(TRAINER_NAMES) - 1} more")
+        return Check("ok", line, f"nnU-Net finds {next(iter(TRAINER_VARIANTS))} and {len(TRAINER_VARIANTS) - 1} more")
     found = outcome.get("error") or f"found in {outcome.get('result')} instead of medmamba.nnunet.trainers"
     return Check("fail", line, found, _MEND_FIRST)
 

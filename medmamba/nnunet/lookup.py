@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from types import ModuleType
 
 from medmamba.nnunet.errors import UserFacingError
-from medmamba.nnunet.names import EXT_TRAINER, TRAINER_NAMES, ext_trainer_value
+from medmamba.nnunet.names import EXT_TRAINER, TRAINER_NAMES_IN_WORDS, TRAINER_VARIANTS, ext_trainer_value
 
 LOOKUP = "recursive_find_trainer_class_by_name"
 
@@ -35,7 +35,7 @@ def find_trainer(name: str, elsewhere: Callable[[str], type]) -> type:
         UnknownTrainerError: nobody has this trainer; the text lists ours.
         BrokenLookupError: nnU-Net's look-up itself fails.
     """
-    if name in TRAINER_NAMES:
+    if name in TRAINER_VARIANTS:
         from medmamba.nnunet.trainers import TRAINERS
 
         return TRAINERS[name]
@@ -44,7 +44,7 @@ def find_trainer(name: str, elsewhere: Callable[[str], type]) -> type:
     except (RuntimeError, ImportError) as error:
         if name in str(error):
             raise UnknownTrainerError(
-                f"no trainer {name!r}; medmamba has {', '.join(TRAINER_NAMES)}, nnU-Net has nnUNetTrainer and its "
+                f"no trainer {name!r}; medmamba has {TRAINER_NAMES_IN_WORDS}; nnU-Net has nnUNetTrainer and its "
                 "variants, and nnUNet_extTrainer may name folders with more"
             ) from error
         raise BrokenLookupError(

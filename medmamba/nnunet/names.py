@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 #: nnU-Net >= 2.8 searches the folders in this variable (separated by ``os.pathsep``) for trainers.
@@ -18,8 +20,36 @@ HOUSE_NAMES = {
     "mednextmamba": "MedNeXtMamba",
 }
 
-#: Suffix of a trainer name -> number of epochs. Other schedules are data in the plans.
+#: Networks without a scan, so without controls (``NetworkSpec.has_scans``, repeated to keep this file light).
+WITHOUT_SCANS = frozenset({"mednext"})
+
+#: Suffixes of a trainer name, in the order in which they are combined. Other schedules are data in the plans.
+CONTROLS = {
+    "_Identity": "identity",
+    "_DWConv": "dwconv",
+    "_LTI": "lti",
+    "_Shuffled": "shuffled",
+    "_Windowed": "windowed",
+}
+FINETUNING = "_Finetune"
 SHORT_SCHEDULES = {"_5epochs": 5, "_50epochs": 50, "_250epochs": 250}
+
+
+@dataclass(frozen=True)
+class TrainerVariant:
+    """What the name of a trainer says.
+
+    Attributes:
+        network: registry name.
+        ssm_mode: the control that replaces the scan; None: as the plans say.
+        is_finetuning: the schedule of the plans, changed for weights that are not random.
+        epochs: number of epochs; None: as the plans say.
+    """
+
+    network: str
+    ssm_mode: str | None = None
+    is_finetuning: bool = False
+    epochs: int | None = None
 
 
 def house_name(network: str) -> str:
@@ -32,8 +62,26 @@ def trainer_name(network: str) -> str:
     return f"nnUNetTrainer{house_name(network)}"
 
 
+def _trainer_variants() -> dict[str, TrainerVariant]:
+    variants = {}
+    for network in HOUSE_NAMES:
+        controls = {"": None} if network in WITHOUT_SCANS else {"": None, **CONTROLS}
+        for control, finetuning, schedule in product(controls, ("", FINETUNING), ("", *SHORT_SCHEDULES)):
+            variants[trainer_name(network) + control + finetuning + schedule] = TrainerVariant(
+                network, controls[control], bool(finetuning), SHORT_SCHEDULES.get(schedule)
+            )
+    return variants
+
+
 #: Every trainer that medmamba offers. ``trainers.TRAINERS`` holds the classes under the same names.
-TRAINER_NAMES = tuple(trainer_name(n) + suffix for n in HOUSE_NAMES for suffix in ("", *SHORT_SCHEDULES))
+TRAINER_VARIANTS = _trainer_variants()
+
+#: The same for readers, who would get lost in the full list.
+TRAINER_NAMES_IN_WORDS = (
+    f"{', '.join(map(trainer_name, HOUSE_NAMES))}; each may be followed by one of {', '.join(CONTROLS)} "
+    f"(not {', '.join(map(trainer_name, sorted(WITHOUT_SCANS)))}), by {FINETUNING} and by one of "
+    f"{', '.join(SHORT_SCHEDULES)}, in this order"
+)
 
 
 def plans_name(network: str, *variants: str) -> str:

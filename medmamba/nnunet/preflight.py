@@ -14,7 +14,7 @@ from typing import Any
 
 from medmamba.command import CommandError
 from medmamba.nnunet import folders
-from medmamba.nnunet.names import TRAINER_NAMES, trainer_name
+from medmamba.nnunet.names import TRAINER_VARIANTS, trainer_name
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ def check_training(arguments: Sequence[str]) -> list[str]:
             f"{data} holds no preprocessed data; run `nnUNetv2_preprocess -d {int(dataset[7:10])} -plans_name "
             f"{options.p} -c {options.configuration}`"
         )
-    if options.tr is None and network is not None and trainer_name(network) in TRAINER_NAMES:
+    if options.tr is None and network is not None and trainer_name(network) in TRAINER_VARIANTS:
         logger.warning("-tr %s, because the plans name the network %s", trainer_name(network), network)
         return [*arguments, "-tr", trainer_name(network)]
     return list(arguments)

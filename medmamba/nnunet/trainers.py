@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import replace
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -26,23 +27,17 @@ from torch._dynamo import OptimizedModule
 
 from medmamba.nnunet import optimisation
 from medmamba.nnunet.architecture import ArchitectureError, architecture_block, check_patch, network_of
-from medmamba.nnunet.errors import UserFacingError
 from medmamba.nnunet.files import write_atomically
-from medmamba.nnunet.names import SHORT_SCHEDULES
+from medmamba.nnunet.guard import NonFiniteGradientsError, NonFiniteLossError, dump, refuse_non_finite_gradients
+from medmamba.nnunet.names import TRAINER_VARIANTS, TrainerVariant, trainer_name
 from medmamba.nnunet.schedule import Schedule
 from medmamba_kernels import BadStepError
 
 
-class NonFiniteLossError(UserFacingError, RuntimeError):
-    """The training loss became NaN or infinite; the text says where and what to do."""
-
-
 class MambaTrainer(nnUNetTrainer):
-    """Base of our trainers. A variant has a ``network_name`` and, for a short schedule, its ``epochs``."""
+    """Base of our trainers: a variant says which network, and what else its name says, which wins over the plans."""
 
-    network_name: ClassVar[str]
-    #: Wins over the plans, because it is part of the trainer's name.
-    epochs: ClassVar[int | None] = None
+    variant: ClassVar[TrainerVariant]
 
     def __init__(
         self,
@@ -53,14 +48,13 @@ class MambaTrainer(nnUNetTrainer):
         device: torch.device = torch.device("cuda"),  # noqa: B008 (the signature of nnU-Net)
     ) -> None:
         super().__init__(
-            plans_with_network(plans, configuration, self.network_name),
+            plans_with_network(plans, configuration, self.variant.network, self.variant.ssm_mode),
             configuration,
             fold,
             dataset_json,
             device,
         )
-        schedule = Schedule.from_plans(plans)
-        self.schedule = schedule if self.epochs is None else replace(schedule, num_epochs=self.epochs)
+        self.schedule = schedule_of(plans, self.variant)
         self.num_epochs = self.schedule.num_epochs
         self.num_iterations_per_epoch = self.schedule.num_iterations_per_epoch
         self.num_val_iterations_per_epoch = self.schedule.num_val_iterations_per_epoch
@@ -83,7 +77,8 @@ class MambaTrainer(nnUNetTrainer):
         enable_deep_supervision: bool = True,
     ) -> nn.Module:
         """The network of the plans when it is ours, else ours in the shape of the plans (also used in prediction)."""
-        block = own_block(configuration_manager.configuration["architecture"], cls.network_name)
+        planned = configuration_manager.configuration["architecture"]
+        block = own_block(planned, cls.variant.network, cls.variant.ssm_mode)
         return get_network_from_plans(
             block["network_class_name"],
             block["arch_kwargs"],
@@ -94,7 +89,7 @@ class MambaTrainer(nnUNetTrainer):
             deep_supervision=enable_deep_supervision,
         )
 
-    def configure_optimizers(self) -> tuple[torch.optim.Optimizer, optimisation.WarmupPolyLR]:
+    def configure_optimizers(self) -> tuple[torch.optim.Optimizer, optimisation.WarmupLR]:
         """Optimizer and learning rate of the schedule."""
         # Attributes are read again because people change them after construction, as nnU-Net's variants do.
         schedule = replace(
@@ -103,12 +98,14 @@ class MambaTrainer(nnUNetTrainer):
             initial_lr=self.initial_lr,
             weight_decay=self.weight_decay,
         )
-        return optimisation.configure(_unwrapped(self.network), schedule)
+        optimizer, lr_scheduler = optimisation.configure(_unwrapped(self.network), schedule)
+        optimizer.register_step_pre_hook(refuse_non_finite_gradients)
+        return optimizer, lr_scheduler
 
     def on_train_start(self) -> None:
         super().on_train_start()
         self.print_to_log_file(
-            f"medmamba {version('medmamba')}: network {self.network_name}, {self.schedule}, "
+            f"medmamba {version('medmamba')}: network {self.variant.network}, {self.schedule}, "
             f"autocast {'bfloat16' if self.has_bf16 else 'float16' if self.device.type == 'cuda' else 'off'}"
         )
 
@@ -120,24 +117,32 @@ class MambaTrainer(nnUNetTrainer):
         """One iteration of nnU-Net, in bfloat16 where the GPU has it.
 
         Raises:
-            NonFiniteLossError: the loss is NaN or infinite, or a step size of a scan is.
+            NonFiniteLossError: loss, gradients or the step sizes of a scan are NaN or infinite. The weights are those
+                before this iteration; batch and weights have been written beside the checkpoints.
         """
         try:
             with self._autocast_default():
                 result = super().train_step(batch)
         except BadStepError as error:
             raise self._not_finite(batch, f"a scan stopped ({error})") from error
-        if not np.all(np.isfinite(result["loss"])):
+        except NonFiniteGradientsError as error:
+            raise self._not_finite(batch, str(error)) from error
+        if not np.all(np.isfinite(result["loss"])):  # a GradScaler has left the step out
             raise self._not_finite(batch, f"the training loss is {float(result['loss'])}")
         self.iteration += 1
         return result
 
     def _not_finite(self, batch: dict[str, Any], what: str) -> NonFiniteLossError:
+        where = f"epoch_{self.current_epoch}_iteration_{self.iteration}_rank_{self.local_rank}"
+        facts = {"epoch": self.current_epoch, "iteration": self.iteration, "schedule": self.schedule.to_dict()}
+        path = Path(self.output_folder) / f"not_finite_{where}.pth"
+        written = dump(path, batch, _unwrapped(self.network), facts)
         return NonFiniteLossError(
             f"{what} at epoch {self.current_epoch}, iteration {self.iteration} "
-            f"(cases {', '.join(map(str, batch.get('keys', ['unknown'])))}); training stops and the checkpoints of "
-            f"earlier epochs in {self.output_folder} stay. Look for NaN or extreme values in these cases; if they are "
-            "sound, plan a lower learning rate (--lr) or a warm-up (--warmup-epochs)"
+            f"(cases {', '.join(map(str, batch.get('keys', ['unknown'])))}); training stops before the weights change, "
+            f"and the checkpoints of earlier epochs in {self.output_folder} stay. Look for NaN or extreme values in batch "
+            f"and weights ({written}); if the cases are sound, plan a lower learning rate (--lr) or a warm-up "
+            "(--warmup-epochs)"
         )
 
     def validation_step(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -170,7 +175,7 @@ class MambaTrainer(nnUNetTrainer):
             "medmamba": {
                 "version": version("medmamba"),
                 "trainer": type(self).__name__,
-                "network": self.network_name,
+                "network": self.variant.network,
                 "schedule": self.schedule.to_dict(),
             },
         }
@@ -179,62 +184,54 @@ class MambaTrainer(nnUNetTrainer):
         return autocast_default("cuda", torch.bfloat16) if self.has_bf16 else nullcontext()
 
 
-class nnUNetTrainerVMUNet(MambaTrainer):
-    network_name = "vmunet"
+def _trainer(name: str, variant: TrainerVariant) -> type[MambaTrainer]:
+    return type(name, (MambaTrainer,), {"variant": variant, "__module__": __name__})
 
 
-class nnUNetTrainerMHSVM(MambaTrainer):
-    network_name = "mhsvm"
-
-
-class nnUNetTrainerMSVMUNet(MambaTrainer):
-    network_name = "msvmunet"
-
-
-class nnUNetTrainerMedNeXt(MambaTrainer):
-    network_name = "mednext"
-
-
-class nnUNetTrainerMedNeXtMamba(MambaTrainer):
-    network_name = "mednextmamba"
-
-
-def _with_short_schedules(*trainers: type[MambaTrainer]) -> dict[str, type[MambaTrainer]]:
-    """The trainers by name, each followed by its variants of fewer epochs, e.g. ``nnUNetTrainerVMUNet_5epochs``."""
-    named: dict[str, type[MambaTrainer]] = {}
-    for trainer in trainers:
-        named[trainer.__name__] = trainer
-        for suffix, epochs in SHORT_SCHEDULES.items():
-            name = trainer.__name__ + suffix
-            named[name] = type(name, (trainer,), {"epochs": epochs, "__module__": __name__})
-    return named
-
-
-TRAINERS = _with_short_schedules(
-    nnUNetTrainerVMUNet, nnUNetTrainerMHSVM, nnUNetTrainerMSVMUNet, nnUNetTrainerMedNeXt, nnUNetTrainerMedNeXtMamba
-)
+#: Every trainer by its name, e.g. ``nnUNetTrainerVMUNet`` and ``nnUNetTrainerVMUNet_Identity_50epochs``.
+TRAINERS = {name: _trainer(name, variant) for name, variant in TRAINER_VARIANTS.items()}
 # nnU-Net and pickle look trainers up by the name of their module.
 globals().update(TRAINERS)
 
 
-def own_block(block: dict[str, Any], network: str) -> dict[str, Any]:
+def schedule_of(plans: dict[str, Any], variant: TrainerVariant) -> Schedule:
+    """The schedule of the plans, with what the name of the trainer says.
+
+    Raises:
+        ScheduleError: a bad entry in the plans, or a warm-up that is longer than the epochs of the name.
+    """
+    schedule = Schedule.from_plans(plans)
+    if variant.epochs is not None:
+        schedule = replace(schedule, num_epochs=variant.epochs)
+    return schedule.for_finetuning() if variant.is_finetuning else schedule
+
+
+def own_block(block: dict[str, Any], network: str, ssm_mode: str | None = None) -> dict[str, Any]:
     """The architecture block itself when it names ``network``, else one derived from it.
+
+    Args:
+        block: of the plans.
+        network: registry name.
+        ssm_mode: the control to build in place of what the block says.
 
     Raises:
         ArchitectureError: the block names another network of medmamba, or has no strides.
     """
+    options = {} if ssm_mode is None else {"ssm_mode": ssm_mode}
     named = network_of(block)
     if named is None:
-        return architecture_block(network, block)
+        return architecture_block(network, block, options)
     if named != network:
         raise ArchitectureError(
-            f"the plans were made for the network {named}, the trainer trains {network}; use the trainer of {named}, "
-            f"or plans from `medmamba plan --network {network}`"
+            f"the plans were made for the network {named}, the trainer trains {network}; use {trainer_name(named)}, or "
+            f"plans from `medmamba plan --network {network}`"
         )
-    return block
+    return {**block, "arch_kwargs": {**block["arch_kwargs"], **options}}
 
 
-def plans_with_network(plans: dict[str, Any], configuration: str, network: str) -> dict[str, Any]:
+def plans_with_network(
+    plans: dict[str, Any], configuration: str, network: str, ssm_mode: str | None = None
+) -> dict[str, Any]:
     """A copy of the plans in which ``configuration`` names ``network``; the caller's plans stay as they are.
 
     Raises:
@@ -242,7 +239,7 @@ def plans_with_network(plans: dict[str, Any], configuration: str, network: str) 
     """
     plans = deepcopy(plans)
     manager = PlansManager(plans).get_configuration(configuration)
-    block = own_block(manager.configuration["architecture"], network)
+    block = own_block(manager.configuration["architecture"], network, ssm_mode)
     check_patch(manager.patch_size, block["arch_kwargs"]["strides"])
     plans["configurations"][configuration]["architecture"] = block
     return plans

@@ -56,9 +56,11 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     training.add_argument("--epochs", type=int, metavar="N")
     training.add_argument("--iterations", type=int, metavar="N", help="per epoch")
     training.add_argument("--val-iterations", type=int, metavar="N", help="per epoch")
-    training.add_argument("--optimizer", metavar="NAME", help="SGD (default) or AdamW")
+    training.add_argument("--optimizer", metavar="NAME", help="SGD (default) or AdamW with the settings of the paper")
     training.add_argument("--lr", type=float, metavar="LR", help="initial learning rate")
+    training.add_argument("--lr-decay", metavar="NAME", help="poly (default, nnU-Net's) or cosine")
     training.add_argument("--weight-decay", type=float, metavar="W")
+    training.add_argument("--eps", type=float, metavar="E", help="of AdamW")
     training.add_argument("--warmup-epochs", type=int, metavar="N")
     training.add_argument("--save-every", type=int, metavar="N", help="epochs between two checkpoint_latest")
     parser.add_argument(
@@ -109,9 +111,11 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _request(arguments: argparse.Namespace) -> Request:
+    from medmamba.networks import NETWORKS
     from medmamba.nnunet.schedule import Schedule
     from medmamba_plans.derive import Request
 
+    paper = NETWORKS.get(arguments.network)
     options: dict[str, Any] = {"geometry": arguments.geometry, "ssm_mode": arguments.ssm_mode}
     if arguments.routes is not None:
         options["routes"] = arguments.routes[0] if len(arguments.routes) == 1 else arguments.routes
@@ -125,12 +129,15 @@ def _request(arguments: argparse.Namespace) -> Request:
         batch_size=arguments.batch_size,
         patch_size=arguments.patch_size,
         schedule=Schedule.create(
+            adamw=paper.adamw if paper else None,
             num_epochs=arguments.epochs,
             num_iterations_per_epoch=arguments.iterations,
             num_val_iterations_per_epoch=arguments.val_iterations,
             optimizer=arguments.optimizer,
             initial_lr=arguments.lr,
+            lr_decay=arguments.lr_decay,
             weight_decay=arguments.weight_decay,
+            eps=arguments.eps,
             warmup_epochs=arguments.warmup_epochs,
             save_every=arguments.save_every,
         ),

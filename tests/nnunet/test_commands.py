@@ -18,7 +18,7 @@ from medmamba.command import CommandError
 from medmamba.networks import NETWORKS
 from medmamba.nnunet import host, preflight
 from medmamba.nnunet.errors import UserFacingError
-from medmamba.nnunet.names import EXT_TRAINER, TRAINER_NAMES, trainers_folder
+from medmamba.nnunet.names import EXT_TRAINER, TRAINER_NAMES_IN_WORDS, trainers_folder
 
 DATASET = "Dataset901_Isotropic"
 PLANS = "nnUNetMedMambaVMUNetPlans"
@@ -39,7 +39,7 @@ def trained(planned):
     for trainer, plans in [
         ("nnUNetTrainer", PLANS),
         ("nnUNetTrainer", "nnUNetPlans"),
-        (TRAINER_NAMES[0], "nnUNetPlans"),
+        ("nnUNetTrainerVMUNet", "nnUNetPlans"),
     ]:
         fold = planned / "nnUNet_results" / DATASET / f"{trainer}__{plans}__3d_fullres" / "fold_1"
         fold.mkdir(parents=True)
@@ -59,7 +59,7 @@ def test_env_prints_what_a_shell_can_evaluate(capsys, monkeypatch):
 def test_run_lists_nnunets_commands_and_our_trainers(capsys):
     assert main(["run", "--help"]) == 0
     out = capsys.readouterr().out
-    assert all(name in out for name in ("nnUNetv2_train", "nnUNetv2_find_best_configuration", *TRAINER_NAMES))
+    assert all(name in out for name in ("nnUNetv2_train", "nnUNetv2_find_best_configuration", TRAINER_NAMES_IN_WORDS))
 
 
 @pytest.mark.parametrize("arguments", [["nnUNetv2_trian"], ["medmamba_env"]], ids=str)

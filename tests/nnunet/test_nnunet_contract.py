@@ -20,8 +20,8 @@ from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from medmamba.nnunet.names import EXT_TRAINER, TRAINER_NAMES, trainers_folder
-from medmamba.nnunet.optimisation import WarmupPolyLR
+from medmamba.nnunet.names import EXT_TRAINER, TRAINER_VARIANTS, TrainerVariant, trainers_folder
+from medmamba.nnunet.optimisation import WarmupLR
 from medmamba.nnunet.schedule import Schedule
 from medmamba.nnunet.trainers import TRAINERS, MambaTrainer, autocast_default
 
@@ -94,7 +94,11 @@ def test_pretrained_weights_skip_the_heads_by_name(tiny_plans, tmp_path):
     assert all(torch.equal(state[k], v) for k, v in source.state_dict().items() if ".seg_layers." not in k)
 
 
-@pytest.mark.parametrize("name", TRAINER_NAMES)
+@pytest.mark.parametrize(
+    "name",
+    [name for name, variant in TRAINER_VARIANTS.items() if variant == TrainerVariant(variant.network)]
+    + ["nnUNetTrainerMHSVM_DWConv_Finetune_50epochs"],
+)
 def test_the_variable_leads_nnunet_to_our_trainers(name, monkeypatch):
     monkeypatch.setenv(EXT_TRAINER, str(trainers_folder()))
     assert recursive_find_trainer_class_by_name(name) is TRAINERS[name]
@@ -103,10 +107,12 @@ def test_the_variable_leads_nnunet_to_our_trainers(name, monkeypatch):
 
 
 def test_the_variable_leads_a_spawned_child_to_our_trainers(monkeypatch):
+    name = "nnUNetTrainerVMUNet"
+    name = "nnUNetTrainerVMUNet"
     monkeypatch.setenv(EXT_TRAINER, str(trainers_folder()))
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        found = pool.submit(recursive_find_trainer_class_by_name, TRAINER_NAMES[0]).result(timeout=300)
-    assert found is TRAINERS[TRAINER_NAMES[0]]
+        found = pool.submit(recursive_find_trainer_class_by_name, name).result(timeout=300)
+    assert found is TRAINERS[name]
 
 
 def test_an_unknown_trainer_is_a_runtime_error_that_names_it(monkeypatch):
@@ -149,7 +155,7 @@ def test_the_schedule_entries_are_attributes_of_the_stock_trainer(make_trainer, 
         {**tiny_plans, "continue_training": False}, "3d_fullres", 0, trainer.dataset_json, trainer.device
     )
     for name, value in Schedule().to_dict().items():
-        if name not in ("optimizer", "warmup_epochs"):
+        if name not in ("optimizer", "warmup_epochs", "lr_decay", "eps"):
             assert getattr(stock, name) == value, name
 
 
@@ -157,7 +163,7 @@ def test_the_learning_rate_is_stepped_with_the_number_of_the_epoch(make_trainer,
     trainer = make_trainer("nnUNetTrainerVMUNet", tiny_plans)
     trainer.initialize()
     trainer.schedule = Schedule(num_epochs=10)
-    trainer.lr_scheduler = WarmupPolyLR(trainer.optimizer, trainer.schedule)
+    trainer.lr_scheduler = WarmupLR(trainer.optimizer, trainer.schedule)
     trainer.current_epoch = 5
     trainer.on_train_epoch_start()
     assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(1e-2 * 0.5**0.9)

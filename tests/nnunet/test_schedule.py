@@ -8,7 +8,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from medmamba.nnunet.optimisation import WarmupPolyLR, configure, learning_rate
+from medmamba.networks import NETWORKS
+from medmamba.nnunet.optimisation import WarmupLR, configure, learning_rate
 from medmamba.nnunet.schedule import OPTIMIZERS, Schedule, ScheduleError
 
 
@@ -25,7 +26,7 @@ def test_plans_without_a_schedule_train_as_nnunet_does(plans):
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_rates_not_given_are_those_of_the_optimizer(optimizer):
     schedule = Schedule.create(optimizer=optimizer)
-    assert (schedule.initial_lr, schedule.weight_decay) == OPTIMIZERS[optimizer]
+    assert {"initial_lr": schedule.initial_lr, "weight_decay": schedule.weight_decay} == OPTIMIZERS[optimizer]
     assert Schedule.create(optimizer=optimizer, initial_lr=0.5).initial_lr == 0.5
 
 
@@ -39,6 +40,8 @@ def test_rates_not_given_are_those_of_the_optimizer(optimizer):
         ({"initial_lr": 0}, "initial_lr is 0"),
         ({"initial_lr": float("nan")}, "initial_lr is nan"),
         ({"weight_decay": -1e-5}, "weight_decay is -1e-05"),
+        ({"eps": 0}, "eps is 0"),
+        ({"lr_decay": "step"}, "no lr_decay 'step'; known: poly, cosine"),
         ({"warmup_epochs": 1000}, "warmup_epochs is 1000; expected a whole number below num_epochs = 1000"),
         ({"optimizer": "Adam"}, "no optimizer 'Adam'; known: SGD, AdamW"),
         ({"epochs": 5}, "unknown schedule entry epochs; known: num_epochs"),
@@ -70,13 +73,41 @@ def test_warmup_rises_to_the_initial_rate_and_then_falls():
     assert rates[-1] > 0
 
 
+def test_cosine_falls_from_the_initial_rate_through_its_half_to_zero():
+    schedule = Schedule(num_epochs=12, warmup_epochs=2, initial_lr=1.0, lr_decay="cosine")
+    rates = [learning_rate(epoch, schedule) for epoch in range(13)]
+    assert (rates[2], rates[7], rates[12]) == pytest.approx((1.0, 0.5, 0.0))
+    assert all(later < earlier for earlier, later in pairwise(rates[2:]))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_adamw_has_the_settings_of_the_paper(name):
+    adamw = NETWORKS[name].adamw
+    schedule = Schedule.create(optimizer="AdamW", adamw=adamw)
+    assert adamw.items() <= schedule.to_dict().items()
+    assert Schedule.create(optimizer="AdamW", adamw=adamw, initial_lr=0.5).initial_lr == 0.5
+    assert Schedule.create(adamw=adamw) == Schedule()
+
+
+def test_eps_reaches_the_optimizer():
+    built, _ = configure(torch.nn.Linear(1, 1), Schedule.create(optimizer="AdamW", eps=1e-4))
+    assert {group["eps"] for group in built.param_groups} == {1e-4}
+
+
+def test_finetuning_is_slower_and_warms_up():
+    schedule = Schedule().for_finetuning()
+    assert (schedule.initial_lr, schedule.warmup_epochs) == pytest.approx((1e-3, 50))
+    assert Schedule(warmup_epochs=80).for_finetuning().warmup_epochs == 80
+    assert Schedule(num_epochs=5).for_finetuning().warmup_epochs == 0
+
+
 def test_a_resumed_schedule_continues_where_it_was():
     schedule = Schedule(num_epochs=6, warmup_epochs=2)
     straight, resumed = (torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0) for _ in range(2))
-    stepper = WarmupPolyLR(straight, schedule)
+    stepper = WarmupLR(straight, schedule)
     for epoch in range(5):
         stepper.step(epoch)
-    WarmupPolyLR(resumed, schedule).step(4)
+    WarmupLR(resumed, schedule).step(4)
     assert straight.param_groups[0]["lr"] == resumed.param_groups[0]["lr"]
 
 

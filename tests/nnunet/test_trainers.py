@@ -5,16 +5,19 @@ from __future__ import annotations
 import pickle
 from copy import deepcopy
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from medmamba.mixers import CORES
 from medmamba.networks import NETWORKS
 from medmamba.nnunet.architecture import ArchitectureError, network_of
-from medmamba.nnunet.names import SHORT_SCHEDULES, TRAINER_NAMES, trainer_name
+from medmamba.nnunet.guard import NonFiniteLossError
+from medmamba.nnunet.names import TRAINER_VARIANTS, trainer_name
 from medmamba.nnunet.schedule import ScheduleError
-from medmamba.nnunet.trainers import TRAINERS, NonFiniteLossError
+from medmamba.nnunet.trainers import TRAINERS
 
 
 @pytest.fixture
@@ -32,12 +35,38 @@ def batch():
 
 
 def test_names_and_classes_agree():
-    assert tuple(TRAINERS) == TRAINER_NAMES
-    assert {trainer.network_name for trainer in TRAINERS.values()} == set(NETWORKS)
+    assert {name: trainer.variant for name, trainer in TRAINERS.items()} == TRAINER_VARIANTS
+    assert len(set(TRAINER_VARIANTS.values())) == len(TRAINER_VARIANTS)
     for name, trainer in TRAINERS.items():
-        assert name.startswith(trainer_name(trainer.network_name))
-        assert trainer.epochs == SHORT_SCHEDULES.get(name.removeprefix(trainer_name(trainer.network_name)))
+        assert name == trainer.__name__
+        assert name.startswith(trainer_name(trainer.variant.network))
         assert "__" not in name
+
+
+def test_every_network_and_every_control_has_a_trainer():
+    modes = {(variant.network, variant.ssm_mode) for variant in TRAINER_VARIANTS.values()}
+    controls = [None, *(mode for mode in CORES if mode != "scan")]
+    assert modes == {(n, mode) for n, spec in NETWORKS.items() for mode in (controls if spec.has_scans else [None])}
+
+
+@pytest.mark.parametrize("plans", ["stock_plans", "tiny_plans"])
+def test_a_control_in_the_name_replaces_the_scan(plans, make_trainer, request):
+    modes = {}
+    for name in ("nnUNetTrainerVMUNet", "nnUNetTrainerVMUNet_Identity"):
+        trainer = make_trainer(name, request.getfixturevalue(plans))
+        trainer.initialize()
+        modes[name] = {type(module) for module in trainer.network.modules()}
+    assert CORES["scan"] in modes["nnUNetTrainerVMUNet"] - modes["nnUNetTrainerVMUNet_Identity"]
+    assert CORES["identity"] in modes["nnUNetTrainerVMUNet_Identity"]
+    built = trainer.plans_manager.plans["configurations"]["3d_fullres"]["architecture"]
+    assert built["arch_kwargs"]["ssm_mode"] == "identity"
+
+
+def test_a_finetuning_trainer_starts_slowly(make_trainer, tiny_plans):
+    trainer = make_trainer("nnUNetTrainerVMUNet_Finetune_50epochs", tiny_plans)
+    assert (trainer.num_epochs, trainer.initial_lr, trainer.schedule.warmup_epochs) == (50, pytest.approx(1e-3), 2)
+    trainer.initialize()
+    assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(5e-4)
 
 
 def test_the_plans_decide_the_schedule(make_trainer, tiny_plans):
@@ -97,7 +126,7 @@ def test_steps_lower_the_loss(trainer, batch):
     assert losses[-1] < losses[0]
 
 
-def test_a_loss_that_is_not_finite_stops_with_the_cases(trainer, batch):
+def test_a_bad_voxel_stops_with_the_cases(trainer, batch):
     trainer.initialize()
     trainer.train_step(batch)
     batch["data"][0, 0, 0, 0, 0] = float("nan")
@@ -105,10 +134,36 @@ def test_a_loss_that_is_not_finite_stops_with_the_cases(trainer, batch):
         trainer.train_step(batch)
 
 
-def test_a_loss_that_overflows_stops_with_the_cases(trainer, batch):
+@pytest.mark.parametrize("factor", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_leaves_the_weights_and_a_dump(factor, trainer, batch):
     trainer.initialize()
-    trainer.loss = lambda output, target: output[0].sum() * float("inf")
-    with pytest.raises(NonFiniteLossError, match=r"loss is (nan|-?inf) at epoch 0, iteration 0 \(cases case_a, case_b"):
+    trainer.train_step(batch)
+    before = {name: value.clone() for name, value in trainer.network.state_dict().items()}
+    trainer.loss = lambda output, target: output[0].sum() * factor
+    with pytest.raises(
+        NonFiniteLossError, match=r"gradients are not finite at epoch 0, iteration 1 \(cases case_a, case_b"
+    ):
+        trainer.train_step(batch)
+    (path,) = Path(trainer.output_folder).glob("not_finite_*.pth")
+    kept = torch.load(path, weights_only=True)
+    assert torch.equal(kept["data"], batch["data"])
+    assert (kept["keys"], kept["epoch"], kept["iteration"]) == (["case_a", "case_b"], 0, 1)
+    for weights in (trainer.network.state_dict(), kept["network_weights"]):
+        assert all(torch.equal(weights[name], value) for name, value in before.items())
+
+
+def test_a_gradient_that_overflows_stops_too(trainer, batch):
+    trainer.initialize()
+    trainer.loss = lambda output, target: (output[0].sum() * 0).sqrt()  # 0, with an infinite slope
+    with pytest.raises(NonFiniteLossError, match="gradients are not finite"):
+        trainer.train_step(batch)
+
+
+def test_a_dump_that_cannot_be_written_does_not_hide_the_reason(trainer, batch):
+    trainer.initialize()
+    trainer.output_folder = "/dev/full/nowhere"
+    trainer.loss = lambda output, target: output[0].sum() * float("nan")
+    with pytest.raises(NonFiniteLossError, match=r"gradients are not finite.*could not be written.*Not a directory"):
         trainer.train_step(batch)
 
 

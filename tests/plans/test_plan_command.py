@@ -45,7 +45,9 @@ def test_plans_are_written_beside_the_stock_ones(dataset, capsys):
         "num_val_iterations_per_epoch": 5,
         "optimizer": "SGD",
         "initial_lr": 0.02,
+        "lr_decay": "poly",
         "weight_decay": 0.1,
+        "eps": 1e-8,
         "warmup_epochs": 1,
         "save_every": 2,
     }
@@ -195,3 +197,11 @@ def test_light_modules_stay_light(module):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     child = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
     assert child.stdout.strip() == "[]", child.stderr
+
+
+def test_adamw_comes_with_the_settings_of_the_networks_paper(dataset):
+    arguments = ["--network", "msvmunet", "--optimizer", "AdamW", "--lr-decay", "cosine", "--eps", "1e-6"]
+    assert main(["plan", "-d", "901", "--variant", "small", "-c", "3d_fullres", *arguments]) == 0
+    schedule = json.loads((dataset / "nnUNetMedMambaMSVMUNetSmallPlans.json").read_text())["medmamba"]["schedule"]
+    settings = {name: schedule[name] for name in ("initial_lr", "weight_decay", "eps", "lr_decay")}
+    assert settings == {"initial_lr": 5e-4, "weight_decay": 1e-3, "eps": 1e-6, "lr_decay": "cosine"}

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from medmamba.nnunet.names import TRAINER_NAMES
+from medmamba.nnunet.names import TRAINER_NAMES_IN_WORDS, TRAINER_VARIANTS
 
 
 def __getattr__(name: str) -> Any:
-    if name not in TRAINER_NAMES:
-        raise AttributeError(f"medmamba has no trainer {name!r}; known: {', '.join(TRAINER_NAMES)}")
+    if name not in TRAINER_VARIANTS:
+        raise AttributeError(f"medmamba has no trainer {name!r}; known: {TRAINER_NAMES_IN_WORDS}")
     from medmamba.nnunet.trainers import TRAINERS
 
     return TRAINERS[name]
