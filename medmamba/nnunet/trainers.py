@@ -140,8 +140,8 @@ class MambaTrainer(nnUNetTrainer):
         return NonFiniteLossError(
             f"{what} at epoch {self.current_epoch}, iteration {self.iteration} "
             f"(cases {', '.join(map(str, batch.get('keys', ['unknown'])))}); training stops before the weights change, "
-            f"and the checkpoints of earlier epochs in {self.output_folder} stay. Look for NaN or extreme values in batch "
-            f"and weights ({written}); if the cases are sound, plan a lower learning rate (--lr) or a warm-up "
+            f"and the checkpoints of earlier epochs in {self.output_folder} stay. Look for NaN or extreme values in "
+            f"batch and weights ({written}); if the cases are sound, plan a lower learning rate (--lr) or a warm-up "
             "(--warmup-epochs)"
         )
 
