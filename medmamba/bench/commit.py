@@ -1,4 +1,4 @@
-"""The commit that a measurement belongs to. Imports nothing heavy: ``tools/collect_results.py`` uses it too."""
+"""The commit that a measurement belongs to."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The commands ``medmamba plan`` and ``medmamba calibrate``. Light; the work is imported when they run."""
+"""The commands ``medmamba plan``, ``calibrate`` and ``collect``. Light; the work is imported when they run."""
 
 from __future__ import annotations
 
@@ -341,6 +341,43 @@ def _measured(
     return rows, facts
 
 
+def _configure_collect(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "folders",
+        type=Path,
+        nargs="+",
+        metavar="FOLDER",
+        help="of a dataset in nnUNet_results, one per run (e.g. per seed)",
+    )
+    parser.add_argument("--out", type=Path, metavar="CSV", help="write one row per fold and run")
+    parser.add_argument("--paired", type=Path, metavar="CSV", help="write the differences between scan and controls")
+
+
+def _collect(arguments: argparse.Namespace) -> int:
+    from medmamba_plans import results
+
+    found = results.find_results(arguments.folders)
+    rows = results.rows(found)
+    print(f"{'arm':<24} {'run':<10} {'fold':>4} {'parameters':>11} {'cases':>5} {'Dice':>6}  Dice per class")
+    for result, row in zip(found, rows, strict=True):
+        classes = " ".join(f"{value:.3f}" for value in result.dice_of_classes)
+        print(
+            f"{result.arm.label:<24} {result.run:<10} {result.fold:>4} {result.parameters:>11,} {row['cases']:>5} "
+            f"{row['dice_mean']:>6.3f}  {classes}"
+        )
+    paired = results.difference_rows(results.differences(found))
+    for row in paired:
+        print(
+            f"{row['first']} - {row['second']}: {row['dice_difference']:+.4f} Dice, 95 % {row['low_95']:+.4f} to "
+            f"{row['high_95']:+.4f}, p {row['p_wilcoxon']:g} ({row['cases']} cases, {row['runs']} runs)"
+        )
+    for path, content in ((arguments.out, rows), (arguments.paired, paired)):
+        if path is not None:
+            results.write_csv(path, content)
+            print(f"wrote {path}")
+    return 0
+
+
 PLAN = Command(
     help="write nnU-Net plans that name one of our networks",
     configure=_configure,
@@ -351,4 +388,10 @@ CALIBRATE = Command(
     help="measure the memory of trainings and fit the estimate that `medmamba plan` uses",
     configure=_configure_calibrate,
     run=_calibrate,
+)
+
+COLLECT = Command(
+    help="collect the Dice of trained folders, and compare scans with their controls case by case",
+    configure=_configure_collect,
+    run=_collect,
 )
