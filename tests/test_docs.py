@@ -117,11 +117,19 @@ def test_a_snippet_is_executed_or_says_why_not(snippet):
         assert len(rest.split()) >= 3, "give the reason in words"
         return
     assert snippet.mark.startswith("covered by "), f"unknown mark {snippet.mark!r}; known: slow, covered by, skip"
-    path, _, name = snippet.mark.removeprefix("covered by ").partition("::")
+    assert_is_a_test(snippet.mark.removeprefix("covered by "))
+
+
+def assert_is_a_test(name: str) -> None:
+    path, _, function = name.partition("::")
     tree = ast.parse((CHECKOUT / path).read_text(encoding="utf-8"))
-    assert name in {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}, (
-        f"no test {name} in {path}"
-    )
+    assert function in {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}, name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_test_that_a_page_names_exists(page):
+    for name in re.findall(r"`(tests/\S+?::\w+)`", page.read_text(encoding="utf-8")):
+        assert_is_a_test(name)
 
 
 def test_no_fence_escapes_the_convention():

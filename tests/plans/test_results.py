@@ -49,9 +49,7 @@ def write_result(tmp_path, load_plans):
         ]
         mean = {str(key): {"Dice": value} for key, value in zip(keys, np.nanmean(dice, axis=0).tolist(), strict=True)}
         (validation / "summary.json").write_text(json.dumps({"metric_per_case": cases, "mean": mean}))
-        (validation.parent / "training_log_1.txt").write_text(
-            "Epoch time: 3.0 s\nEpoch time: 5 s\nEpoch time: 4 s\n"
-        )
+        (validation.parent / "training_log_1.txt").write_text("Epoch time: 3.0 s\nEpoch time: 5 s\nEpoch time: 4 s\n")
         return folder
 
     return write
