@@ -10,6 +10,7 @@ makes NAME. Development only: the package does not import this file.
 from __future__ import annotations
 
 import argparse
+import csv
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -104,6 +105,55 @@ def ssm_modes_table() -> str:
     )
 
 
+def first_table(dataset: str) -> str:
+    """Accuracy of every arm of the first table on one dataset: Dice of each run, their mean, Dice per class."""
+    rows: dict[tuple[str, str], list[dict[str, str]]] = {}
+    for row in _results("first_table"):
+        if row["dataset"] == dataset:
+            rows.setdefault((row["network"], row["ssm_mode"]), []).append(row)
+    classes = [name for name in next(iter(rows.values()))[0] if name.startswith("dice_") and name != "dice_mean"]
+    classes = [name for name in classes if all(row[name] for of_arm in rows.values() for row in of_arm)]
+    runs = sorted({row["run"] for of_arm in rows.values() for row in of_arm})
+    lines = []
+    for (network, mode), of_arm in sorted(rows.items(), key=lambda item: -_mean(item[1], "dice_mean")):
+        by_run = {row["run"]: row["dice_mean"] for row in of_arm}
+        lines.append(
+            [f"`{network}`", mode, f"{int(of_arm[0]['parameters']):,}", f"**{_mean(of_arm, 'dice_mean'):.3f}**"]
+            + [f"{float(by_run[run]):.3f}" if run in by_run else "" for run in runs]
+            + [f"{_mean(of_arm, name):.3f}" for name in classes]
+        )
+    head = ["network", "`ssm_mode`", "parameters", "Dice", *(run.replace("_", " ") for run in runs)]
+    return _table(head + [name.removeprefix("dice_") for name in classes], lines)
+
+
+def first_table_paired() -> str:
+    """Differences in Dice between scan and control."""
+    return _table(
+        ["dataset", "difference", "Dice", "95 % interval", "p", "cases", "runs"],
+        [
+            [
+                row["dataset"].partition("_")[2],
+                f"{row['first']} - {row['second']}",
+                f"{float(row['dice_difference']):+.3f}",
+                f"{float(row['low_95']):+.3f} to {float(row['high_95']):+.3f}",
+                row["p_wilcoxon"],
+                row["cases"],
+                row["runs"],
+            ]
+            for row in _results("first_table_paired")
+        ],
+    )
+
+
+def _results(name: str) -> list[dict[str, str]]:
+    with (CHECKOUT / "plans" / "results" / f"{name}.csv").open(encoding="utf-8") as stream:
+        return list(csv.DictReader(stream))
+
+
+def _mean(rows: list[dict[str, str]], column: str) -> float:
+    return sum(float(row[column]) for row in rows) / len(rows)
+
+
 def commands_table() -> str:
     return "\n".join(_command_sections())
 
@@ -181,6 +231,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "commands": commands_table,
     "changes": changes_lists,
     "curves": curves_table,
+    "first-table-hippocampus": lambda: first_table("Dataset004_Hippocampus"),
+    "first-table-head-and-neck": lambda: first_table("Dataset101_OpenKBP_HN"),
+    "first-table-paired": first_table_paired,
     "networks": networks_table,
     "networks-readme": lambda: networks_table("docs/reference/networks.md"),
     "route-sets": route_sets_table,

@@ -42,12 +42,14 @@ class Request:
     Attributes:
         network: name in ``medmamba.networks.NETWORKS``.
         variant: name of one of the network's argument sets (``NetworkSpec.presets``), or None.
-        options: arguments of the network that win over the variant (``geometry``, ``ssm_mode``, ``routes``,
-            ...). preset: name in ``PRESETS``: patch and batch are planned for this GPU, or None. gpu_gb: the
-            same for a GPU of this many GB. batch_size: in place of the planned one, or None. patch_size: the same,
-            for the configurations with as many axes, or None. schedule: how long and with what to train.
-            configurations: those to plan, or None for all; what they inherit from and follow comes along.
-            name: plans identifier, or None for the house style.
+        options: arguments of the network that win over the variant (``geometry``, ``ssm_mode``, ``routes``, ...).
+        preset: name in ``PRESETS``: patch and batch are planned for this GPU, or None.
+        gpu_gb: the same for a GPU of this many GB.
+        batch_size: in place of the planned one, or None.
+        patch_size: the same, for the configurations with as many axes, or None.
+        schedule: how long and with what to train.
+        configurations: those to plan, or None for all; what they inherit from and follow comes along.
+        name: plans identifier, or None for the house style.
         dt_init: one of ``DT_INITS``.
     """
 
