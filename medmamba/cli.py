@@ -125,9 +125,9 @@ def _program_parser(entries: dict[str, EntryPoint]) -> argparse.ArgumentParser:
     lines = ["commands (medmamba COMMAND --help says more):"]
     for name in sorted(entries):
         try:
-            lines.append(f"  {name:<12} {_load(entries[name]).help}")
+            lines.append(f"  {name:<15} {_load(entries[name]).help}")
         except CommandError as error:
-            lines.append(f"  {name:<12} broken: {error}")
+            lines.append(f"  {name:<15} broken: {error}")
     parser = argparse.ArgumentParser(
         prog="medmamba",
         usage="medmamba [--help] [--version] COMMAND ...",

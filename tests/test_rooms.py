@@ -228,7 +228,7 @@ def _normalised(name: str) -> str:
 BLOCKED = ("nnunetv2", "monai", "triton", "SimpleITK", "nibabel")
 
 
-@pytest.mark.parametrize("module", ["medmamba_kernels", "medmamba.layers", "medmamba.networks"])
+@pytest.mark.parametrize("module", ["medmamba_kernels", "medmamba.layers", "medmamba.networks", "medmamba.weights"])
 def test_lower_rooms_import_with_only_torch_installed(module):
     code = f"""
         import sys

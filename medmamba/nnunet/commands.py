@@ -1,9 +1,13 @@
-"""The commands ``env``, ``run``, ``train``, ``predict`` and ``doctor``. Light; the work is imported when they run."""
+"""The commands ``env``, ``run``, ``train``, ``predict``, ``import-weights`` and ``doctor``.
+
+Light; the work is imported when they run.
+"""
 
 from __future__ import annotations
 
 import argparse
 import shlex
+from pathlib import Path
 
 from medmamba.command import Command
 from medmamba.nnunet.names import EXT_TRAINER, TRAINER_NAMES_IN_WORDS, ext_trainer_value
@@ -44,6 +48,47 @@ def _predict(arguments: argparse.Namespace) -> int:
     return run_console_command("nnUNetv2_predict", check_prediction(arguments.arguments))
 
 
+def _configure_import(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "checkpoint",
+        type=Path,
+        metavar="CHECKPOINT",
+        help="weights of VMamba, VM-UNet, MSVM-UNet or MHS-VM (.pth, .pt or .safetensors)",
+    )
+    parser.add_argument("-d", dest="dataset", metavar="DATASET", help="dataset name or number, e.g. 4")
+    parser.add_argument(
+        "-p", dest="plans", metavar="PLANS", required=True, help="plans of the dataset, or without -d a plans file"
+    )
+    parser.add_argument("-c", dest="configuration", metavar="CONFIG", required=True, help="e.g. 3d_fullres")
+    parser.add_argument(
+        "-o", dest="output", type=Path, metavar="OUT", required=True, help="file for -pretrained_weights"
+    )
+    parser.add_argument(
+        "--mirror-decoder",
+        action="store_true",
+        help="with an encoder of VMamba: start the decoder's blocks like the encoder's, as VM-UNet does",
+    )
+    parser.add_argument(
+        "--allow-partial",
+        action="store_true",
+        help="load what fits and report the rest; native plans need it, their fine stages have no counterpart",
+    )
+    parser.add_argument("--input-channels", type=int, metavar="N", help="default: as dataset.json says")
+    parser.add_argument("--num-classes", type=int, metavar="N", help="default: as dataset.json says")
+
+
+def _import(arguments: argparse.Namespace) -> int:
+    from medmamba.nnunet.import_weights import Import, import_weights
+
+    print(import_weights(Import(**vars(arguments))))
+    print(f"wrote {arguments.output}")
+    dataset, plans = arguments.dataset or "DATASET", Path(arguments.plans).stem
+    print(
+        f"next: nnUNetv2_train {dataset} {arguments.configuration} 0 -p {plans} -pretrained_weights {arguments.output}"
+    )
+    return 0
+
+
 def _doctor(arguments: argparse.Namespace) -> int:
     from medmamba.nnunet.doctor import examine, heading, line, summary
 
@@ -78,6 +123,11 @@ PREDICT = Command(
     configure=_no_arguments,
     run=_predict,
     passthrough=True,
+)
+IMPORT = Command(
+    help="published 2D weights into the network of a plan, for -pretrained_weights",
+    configure=_configure_import,
+    run=_import,
 )
 DOCTOR = Command(
     help="check this installation and name the remedy for what fails", configure=_no_arguments, run=_doctor
