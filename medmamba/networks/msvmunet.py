@@ -259,8 +259,8 @@ SPEC = NetworkSpec(
         " voxel is not normalised",
         "a head per level for nnU-Net's deep supervision (the published network has one)",
         "A_log, D, dt bias and norms really excluded from weight decay",
-        "trained from scratch: no ImageNet weights, no frozen encoder; the decoder's linear layers start like the"
-        " encoder's",
+        "trained from scratch unless weights are imported, no frozen encoder; the decoder's linear layers start like"
+        " the encoder's",
         "the code where the figure differs: inner width d instead of 2d (`expand=2` is the figure), a projection after"
         " the concatenated skip",
         "the multi-scale convolutions are computed as one, with the sum of their kernels: the same function",

@@ -96,7 +96,7 @@ def channels_of_image(count: int, published: int) -> list[Step]:
         total = value.sum(1, keepdim=True) / count
         return total.expand(-1, count, *[-1] * (value.dim() - 2))
 
-    return [Step(f"{published} input channels summed, shared by {count}", spread)]
+    return [Step(f"image channels: {published} summed, shared by {count}", spread)]
 
 
 def route_sources(routes: Sequence[Route], published: Sequence[Route]) -> list[int]:

@@ -42,7 +42,7 @@ def layout_of(network: nn.Module) -> Layout:
     """Layout of a network in either geometry.
 
     Raises:
-        WeightsError: a network for which no 2D weights were published.
+        WeightsError: a network for which no 2D weights were published, or one that is wrapped in another module.
     """
     name = _name(network)
     if isinstance(network, FaithfulVMUNet):
@@ -53,7 +53,8 @@ def layout_of(network: nn.Module) -> Layout:
             "head": "decoder.seg_layers.0",
         }
         return Layout(name, parts, 0)
-    assert isinstance(network, UNet)
+    if not isinstance(network, UNet):
+        raise WeightsError(f"give the network itself, not a {type(network).__name__} around it")
     first = next(i for i, stage in enumerate(network.encoder.stages) if _has_blocks(stage))  # type: ignore[arg-type]
     parts = {**_PARTS, "fuse": "decoder.fuses.{level}.project"}
     if isinstance(network.encoder.stem, nn.Identity):  # the published shape: stage 0 is the image

@@ -92,7 +92,7 @@ class _Match:
             return
         target = self.state[key]
         if place.part == "head" and len(value) != len(target):
-            reason = f"a head for {len(value)} classes, not {len(target)}"
+            reason = f"a head of other classes: {len(value)} published, {len(target)} here"
             self.unused[name], self.missing[key] = reason, reason
             return
         rule = self.rules.get(key, ())

@@ -44,4 +44,4 @@ def _grouped(title: str, reasons: Mapping[str, str], meaning: str = "") -> Itera
     for key, reason in reasons.items():
         groups.setdefault(reason, []).append(key)
     for reason, keys in groups.items():
-        yield f"           {len(keys):4d} {reason}: {keys[0]}{' ...' if len(keys) > 1 else ''}"
+        yield f"           {len(keys):4d}  {reason}: {keys[0]}{' ...' if len(keys) > 1 else ''}"

@@ -50,7 +50,7 @@ def test_stock_nnunet_loads_what_is_written(dataset, checkpoint, tmp_path, capsy
     assert main(["import-weights", str(checkpoint), *arguments]) == 0
     printed = capsys.readouterr().out
     assert printed.startswith("VM-UNet (widths 8, 16, 32, 64; blocks 1, 2, 1, 2) -> vmunet\n")
-    assert "1 3 input channels summed, shared by 1: encoder.embed.body.0.proj.weight" in printed
+    assert "1  image channels: 3 summed, shared by 1: encoder.embed.body.0.proj.weight" in printed
     assert f"wrote {out}" in printed
     assert f"nnUNetv2_train 901 2d 0 -p smallPlans -pretrained_weights {out}" in printed
     configuration = json.loads((dataset / "smallPlans.json").read_text())["configurations"]["2d"]
