@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import pytest
@@ -67,17 +68,18 @@ def test_a_volume_of_depth_one_is_segmented_as_an_image(published, ours, name, r
     torch.testing.assert_close(flat, published.segmented(name), **EXACT)
 
 
+@pytest.mark.parametrize("depth", [[1, 4, 2, 2, 2], [1, 1, 2, 2, 1], [1, 3, 1, 1, 2]], ids=str)
 @pytest.mark.parametrize("name", ["vmunet", "msvmunet"])
-def test_a_volume_that_does_not_change_along_depth_is_segmented_slice_by_slice(published, ours, name):
+def test_a_volume_that_does_not_change_along_depth_is_segmented_slice_by_slice(published, ours, name, depth):
     """Strides along depth: means of slices where patches are taken, repeated where they are given back.
 
     The routes stay in their plane; MHS-VM's turn round from plane to plane, so that no two planes are read alike.
     """
     routes = [f"{route}:reset=plane" for route in ROUTE_SETS["raster4"]]
-    network = ours(name, strides=[[s[0], *s] for s in STRIDES], routes=routes)
+    network = ours(name, strides=[[d, *s] for d, s in zip(depth, STRIDES, strict=True)], routes=routes)
     load_published(network, published.build(name).state_dict())
     with torch.no_grad():
-        volume = network(published.image.unsqueeze(2).expand(-1, -1, 32, -1, -1)[:1])
+        volume = network(published.image.unsqueeze(2).expand(-1, -1, math.prod(depth), -1, -1)[:1])
     torch.testing.assert_close(volume, published.segmented(name)[:1].unsqueeze(2).expand_as(volume), **EXACT)
 
 
@@ -219,6 +221,21 @@ def test_vmamba_fills_the_encoder_of_vmunet(published, ours, spelling):
         reference.layers[2].blocks = kept
     for feature, expected in zip(features, [f.movedim(-1, 1) for f in theirs], strict=True):
         torch.testing.assert_close(feature, expected, **EXACT)
+
+
+def test_a_plan_with_fewer_stages_takes_the_first_of_an_encoder(published, ours):
+    arguments = {"strides": STRIDES[:3], "depths": [1, 2], "decoder_depths": [1, 1]}
+    network = ours("vmunet", **arguments)
+    report = load_published(network, published.build("vmamba").state_dict(), mirror_decoder=True)
+    assert not [key for key in report.missing if key.startswith("encoder.")]
+    left = {key.split(".")[1] for key in report.unused if key.startswith("layers.")}
+    assert left == {"1", "2", "3"}  # of stage 1 the merging alone
+    assert report.unused["layers.1.downsample.norm.weight"] == "the network has no such downsampling"
+    with torch.no_grad():
+        features = network.encoder(published.image)
+        expected = published.build("vmamba").features(published.image)[:2]
+    for feature, one in zip(features, expected, strict=False):
+        torch.testing.assert_close(feature, one.movedim(-1, 1), **EXACT)
 
 
 def test_vmamba2_fills_the_encoder_of_msvmunet_as_the_published_encoder_does(published, ours):
