@@ -61,8 +61,11 @@ ROOMS: dict[str, Room] = {
     "medmamba.inference": Room(LOWER, TORCH | ARRAYS, lazy=IO_LIBRARIES | {"monai"}),
     "medmamba.nnunet": Room((*LOWER, "medmamba.inference"), TORCH | {"nnunetv2", "numpy"}),
     "medmamba_plans": Room(
-        (*LOWER, "medmamba.diagnostics", "medmamba.nnunet"), lazy=TORCH | {"nnunetv2", "numpy", "scipy"}
+        (*LOWER, "medmamba.diagnostics", "medmamba.nnunet", "medmamba_plans.results"),
+        lazy=TORCH | {"nnunetv2", "numpy", "scipy"},
     ),
+    # Imported by `medmamba collect` when it runs.
+    "medmamba_plans.results": Room((*LOWER, "medmamba.nnunet"), frozenset({"numpy"}), lazy=TORCH | {"scipy"}),
     "medmamba.demo": Room(
         (*LOWER, "medmamba.inference", "medmamba.nnunet", "medmamba_plans"),
         TORCH | ARRAYS | IO_LIBRARIES | {"matplotlib"},
