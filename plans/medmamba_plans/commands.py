@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,14 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--geometry", help="native (nnU-Net's stages; default) or faithful (the published shape)")
     parser.add_argument("--ssm-mode", help="scan (default), or a control such as identity")
     parser.add_argument("--routes", nargs="+", metavar="ROUTE", help="a route set, or routes, in place of the default")
+    parser.add_argument(
+        "--set",
+        dest="arguments",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="any other argument of the network, e.g. d_state=8 or expand_norm=batch; may be repeated",
+    )
     parser.add_argument(
         "--dt-init",
         choices=["default", "route"],
@@ -117,6 +126,9 @@ def _request(arguments: argparse.Namespace) -> Request:
 
     paper = NETWORKS.get(arguments.network)
     options: dict[str, Any] = {"geometry": arguments.geometry, "ssm_mode": arguments.ssm_mode}
+    if arguments.arguments and arguments.plans_name is None:
+        raise CommandError("--set makes an experiment of its own; name its plans with --plans-name")
+    options |= dict(_argument(text) for text in arguments.arguments)
     if arguments.routes is not None:
         options["routes"] = arguments.routes[0] if len(arguments.routes) == 1 else arguments.routes
     return Request(
@@ -144,6 +156,17 @@ def _request(arguments: argparse.Namespace) -> Request:
         configurations=arguments.configurations,
         name=arguments.plans_name,
     )
+
+
+def _argument(text: str) -> tuple[str, Any]:
+    """``NAME=VALUE`` of ``--set``; the value is JSON, or else a string."""
+    name, equals, value = text.partition("=")
+    if not (name.isidentifier() and equals):
+        raise CommandError(f"--set {text} is not NAME=VALUE, e.g. --set d_state=8")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
 
 
 def _create_stock_plans(dataset: str, raw: Path | None, num_processes: int) -> None:

@@ -31,6 +31,13 @@ BUDGET = "GPU budget"
 DT_INITS = ("default", "route")
 
 
+#: Options that become part of the name of the plans, unless they are the usual ones.
+_NAMED = {"geometry": "native", "ssm_mode": "scan", "routes": None}
+
+#: Arguments of every network that are not the user's to choose.
+_PLANNED = frozenset({"input_channels", "num_classes", "strides", "kernel_sizes", "deep_supervision", "dt_init"})
+
+
 class PlanError(UserFacingError, ValueError):
     """Plans cannot be derived as asked; the text says why and what to do."""
 
@@ -86,6 +93,9 @@ class Request:
             )
         if self.batch_size is not None and self.batch_size < 1:
             raise PlanError(f"batch size {self.batch_size} is not possible; use 1 or more (2 or more with few cases)")
+        reserved = sorted(_PLANNED & self.options.keys())
+        if reserved:
+            raise PlanError(f"{', '.join(reserved)} cannot be set: nnU-Net or its plans decide")
         if self.name is None and not isinstance(self.options.get("routes", ""), str):
             raise PlanError("a list of routes is an experiment of its own; name its plans with --plans-name")
         if "__" in self.plans_name or "/" in self.plans_name:
@@ -112,12 +122,11 @@ class Request:
         """The identifier: as asked, or the network with the choices that make it another experiment."""
         if self.name is not None:
             return self.name
-        usual = {"geometry": "native", "ssm_mode": "scan", "routes": None}
-        chosen = [self.variant, *(self.options.get(name, default) for name, default in usual.items())]
+        chosen = [self.variant, *(self.options.get(name, default) for name, default in _NAMED.items())]
         if self.dt_init != "default":
             chosen.append(f"dt_{self.dt_init}")
         chosen.append(self._budget_name())
-        return plans_name(self.network, *(name for name in chosen if name not in (None, *usual.values())))
+        return plans_name(self.network, *(name for name in chosen if name not in (None, *_NAMED.values())))
 
     def _budget_name(self) -> str | None:
         """``M`` or ``11G``; where a variant of the network is called like a preset, ``8G`` in place of M."""

@@ -205,3 +205,27 @@ def test_adamw_comes_with_the_settings_of_the_networks_paper(dataset):
     schedule = json.loads((dataset / "nnUNetMedMambaMSVMUNetSmallPlans.json").read_text())["medmamba"]["schedule"]
     settings = {name: schedule[name] for name in ("initial_lr", "weight_decay", "eps", "lr_decay")}
     assert settings == {"initial_lr": 5e-4, "weight_decay": 1e-3, "eps": 1e-6, "lr_decay": "cosine"}
+
+
+def test_any_argument_of_the_network_can_be_set(dataset):
+    arguments = ["--set", "d_state=4", "--set", "depths=[1, 1, 1, 2]", "--plans-name", "Mine", "-c", "3d_fullres"]
+    assert main(["plan", "-d", "901", *SMALL, *arguments]) == 0
+    plans = json.loads((dataset / "Mine.json").read_text())
+    chosen = {"d_state": 4, "depths": [1, 1, 1, 2]}
+    assert chosen.items() <= plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"].items()
+    assert plans["medmamba"]["options"] == chosen
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--set", "d_state=4"], "--set makes an experiment of its own; name its plans with --plans-name"),
+        (["--set", "d_state", "--plans-name", "Mine"], "--set d_state is not NAME=VALUE"),
+        (["--set", "d_stat=4", "--plans-name", "Mine"], "unexpected keyword argument 'd_stat'"),
+        (["--set", "strides=2", "--plans-name", "Mine"], "strides cannot be set: nnU-Net or its plans decide"),
+    ],
+    ids=["unnamed", "no value", "unknown", "planned"],
+)
+def test_arguments_that_cannot_be_set_are_refused(arguments, message, dataset, assert_refused):
+    assert_refused(["-d", "901", *SMALL, "-c", "3d_fullres", *arguments], re.escape(message))
+    assert not (dataset / "Mine.json").exists()
