@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 CHECKOUT = Path(__file__).resolve().parents[1]
-PACKAGES = ("medmamba", "medmamba_kernels", "medmamba_plans")
+PACKAGES = ("medmamba", "medmamba_kernels", "medmamba_plans", "medmamba_pretrain")
 
 # Children of a test must not find half of the packages in the folder they are started in (see `mixture`).
 os.environ.setdefault("PYTHONSAFEPATH", "1")

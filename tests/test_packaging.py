@@ -60,12 +60,13 @@ def test_without_a_compiler_the_wheel_is_pure_and_says_so(sources, tmp_path):
     assert wheel.name.endswith("-py3-none-any.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
-    for package in ("medmamba", "medmamba_kernels", "medmamba_plans"):
+    for package in ("medmamba", "medmamba_kernels", "medmamba_plans", "medmamba_pretrain"):
         assert {f"{package}/__init__.py", f"{package}/py.typed"} <= names
     assert {name.partition("/")[0].partition("-")[0] for name in names} == {
         "medmamba",
         "medmamba_kernels",
         "medmamba_plans",
+        "medmamba_pretrain",
     }
     assert "medmamba/demo/data/Dataset004_Hippocampus/LICENSE" in names
     assert "medmamba/diagnostics/memory_model.json" in names

@@ -21,8 +21,8 @@ from types import ModuleType
 import pytest
 
 CHECKOUT = Path(__file__).resolve().parents[1]
-SOURCE_ROOTS = (CHECKOUT, CHECKOUT / "kernels", CHECKOUT / "plans")
-PACKAGES = ("medmamba", "medmamba_kernels", "medmamba_plans")
+SOURCE_ROOTS = (CHECKOUT, CHECKOUT / "kernels", CHECKOUT / "plans", CHECKOUT / "pretrain")
+PACKAGES = ("medmamba", "medmamba_kernels", "medmamba_plans", "medmamba_pretrain")
 
 NETWORK_ROOMS = ("medmamba.layers", "medmamba.mixers", "medmamba.networks", "medmamba.weights")
 IO_LIBRARIES = frozenset({"nibabel", "SimpleITK"})
@@ -66,6 +66,7 @@ ROOMS: dict[str, Room] = {
     ),
     # Imported by `medmamba collect` when it runs.
     "medmamba_plans.results": Room((*LOWER, "medmamba.nnunet"), frozenset({"numpy"}), lazy=TORCH | {"scipy"}),
+    "medmamba_pretrain": Room(("medmamba_kernels", *NETWORK_ROOMS), TORCH),
     "medmamba.demo": Room(
         (*LOWER, "medmamba.inference", "medmamba.nnunet", "medmamba_plans"),
         TORCH | ARRAYS | IO_LIBRARIES | {"matplotlib"},

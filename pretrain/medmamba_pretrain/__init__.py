@@ -1,0 +1,1 @@
+"""Masked pretraining of encoders on unlabelled volumes."""
