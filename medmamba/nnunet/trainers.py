@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
@@ -79,7 +80,7 @@ class MambaTrainer(nnUNetTrainer):
         """The network of the plans when it is ours, else ours in the shape of the plans (also used in prediction)."""
         planned = configuration_manager.configuration["architecture"]
         block = own_block(planned, cls.variant.network, cls.variant.ssm_mode)
-        return get_network_from_plans(
+        network: nn.Module = get_network_from_plans(
             block["network_class_name"],
             block["arch_kwargs"],
             block["_kw_requires_import"],
@@ -88,6 +89,11 @@ class MambaTrainer(nnUNetTrainer):
             allow_init=True,
             deep_supervision=enable_deep_supervision,
         )
+        if not enable_deep_supervision:
+            # No loss reads the other heads, and DistributedDataParallel refuses parameters without a gradient.
+            decoder: Any = network.decoder
+            decoder.seg_layers[1:].requires_grad_(False)
+        return network
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, optimisation.WarmupLR]:
         """Optimizer and learning rate of the schedule."""
@@ -117,8 +123,9 @@ class MambaTrainer(nnUNetTrainer):
         """One iteration of nnU-Net, in bfloat16 where the GPU has it.
 
         Raises:
-            NonFiniteLossError: loss, gradients or the step sizes of a scan are NaN or infinite. The weights are those
-                before this iteration; batch and weights have been written beside the checkpoints.
+            NonFiniteLossError: loss, gradients or the step sizes of a scan are NaN or infinite, here or in another process
+                of a multi-GPU training. The weights are those before this iteration; batch and weights have been
+                written beside the checkpoints.
         """
         try:
             with self._autocast_default():
@@ -127,8 +134,12 @@ class MambaTrainer(nnUNetTrainer):
             raise self._not_finite(batch, f"a scan stopped ({error})") from error
         except NonFiniteGradientsError as error:
             raise self._not_finite(batch, str(error)) from error
-        if not np.all(np.isfinite(result["loss"])):  # a GradScaler has left the step out
-            raise self._not_finite(batch, f"the training loss is {float(result['loss'])}")
+        is_finite = bool(np.all(np.isfinite(result["loss"])))  # if not, a GradScaler has left the step out
+        problem = None if is_finite else self._not_finite(batch, f"the training loss is {float(result['loss'])}")
+        if self.is_ddp:
+            problem = _of_any_process(problem, self.device)
+        if problem is not None:
+            raise problem
         self.iteration += 1
         return result
 
@@ -254,6 +265,21 @@ def autocast_default(device_type: str, dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         torch.set_autocast_dtype(device_type, before)
+
+
+def _of_any_process(error: NonFiniteLossError | None, device: torch.device) -> NonFiniteLossError | None:
+    """The error of the first process that has one, in every process.
+
+    The others would go on to the next iteration and wait there for its gradients. (Gradients that are not finite are
+    the same everywhere, and stop every process by themselves.)
+    """
+    number = torch.tensor(0.0 if error is None else 1.0, device=device)
+    dist.all_reduce(number)
+    if number == 0:
+        return None
+    texts: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(texts, None if error is None else str(error))
+    return NonFiniteLossError(next(text for text in texts if text is not None))
 
 
 def _unwrapped(network: nn.Module) -> nn.Module:
