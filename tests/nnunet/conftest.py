@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import shutil
-from collections.abc import Callable
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
+from importlib.metadata import distribution
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +25,127 @@ DATASET = "Dataset901_Isotropic"
 CASES = ("hippocampus_148", "hippocampus_149", "hippocampus_320")
 #: A network of a few thousand parameters with everything the real one has.
 TINY = {"base_features": 8, "depths": 1, "decoder_depths": 1, "d_state": 2, "routes": ["dhw", "dhw:reverse"]}
+
+# Loaded by every Python of a command, its child processes too.
+BLOCKED_TRAINERS = """
+import sys
+class Blocker:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name.startswith(("medmamba.nnunet", "medmamba_plans", "medmamba_trainers")):
+            raise ModuleNotFoundError(f"{name} is blocked", name=name)
+sys.meta_path.insert(0, Blocker)
+"""
+
+
+class Folder:
+    """nnU-Net's three folders and two ways to run its console commands on them."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.raw, self.preprocessed, self.results = (root / name for name in ("raw", "preprocessed", "results"))
+        for folder in (self.raw, self.preprocessed, self.results):
+            folder.mkdir(parents=True)
+
+    def add_dataset(
+        self,
+        raw: Path,
+        plans: Iterable[Mapping[str, Any]],
+        dataset_json: Mapping[str, Any] | None = None,
+        configurations: tuple[str, ...] = ("3d_fullres",),
+    ) -> Path:
+        """Preprocess the cases of ``raw`` by the first of the plans, write all of them, and return the folder."""
+        plans = list(plans)
+        target = self.preprocessed / DATASET
+        if dataset_json is None:
+            dataset_json = json.loads((raw / "dataset.json").read_text())
+        preprocess(target, raw, plans[0], dataset_json, configurations)
+        for content in plans:
+            (target / f"{content['plans_name']}.json").write_text(json.dumps(content))
+        return target
+
+    def images(self, raw: Path, *cases: str) -> Path:
+        """A folder with the images of these cases, to be predicted."""
+        images = self.root / "images"
+        images.mkdir()
+        for case in cases:
+            shutil.copy(raw / "imagesTr" / f"{case}_0000.nii.gz", images)
+        return images
+
+    def start(self, *command: str, startup: str | None = None, trainers: str = "found") -> subprocess.Popen[str]:
+        """Start a command as a process.
+
+        Args:
+            command: a command of the environment under test and its arguments.
+            startup: code that each of its Pythons runs first.
+            trainers: ``found`` through ``nnUNet_extTrainer``; ``unknown`` to nnU-Net; ``blocked``, which cannot even
+                be imported.
+        """
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("nnUNet_")}
+        environment |= self.variables(trainers)
+        if "plan" in command[0]:
+            environment["nnUNet_n_proc_DA"] = "1"
+        if trainers == "blocked":
+            startup = BLOCKED_TRAINERS + (startup or "")
+        if startup is not None:
+            hook = self.root / f"startup{len(list(self.root.glob('startup*')))}"
+            hook.mkdir()
+            (hook / "sitecustomize.py").write_text(startup)
+            environment["PYTHONPATH"] = os.pathsep.join([str(hook), *sys.path])
+        program = Path(sysconfig.get_path("scripts")) / command[0]
+        arguments = [str(program if program.exists() else command[0]), *map(str, command[1:])]
+        return subprocess.Popen(
+            arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=self.root
+        )
+
+    def run(self, *command: str, startup: str | None = None, trainers: str = "found") -> str:
+        """Run a command as a process (see :meth:`start`) and return what it printed; it must succeed."""
+        process = self.start(*command, startup=startup, trainers=trainers)
+        printed, _ = process.communicate(timeout=900)
+        assert process.returncode == 0, f"{' '.join(map(str, command))}\n{printed[-8000:]}"
+        return printed
+
+    def call(self, command: str, *arguments: object) -> None:
+        """Run the entry point of a console command in this process, with threads for its child processes.
+
+        Every process that nnU-Net spawns would import torch again, some six seconds each.
+        """
+        scripts = {e.name: e for e in distribution("nnunetv2").entry_points if e.group == "console_scripts"}
+        with pytest.MonkeyPatch.context() as patch, threads_for_processes():
+            for name, value in self.variables().items():
+                patch.setenv(name, value)
+            patch.chdir(self.root)
+            patch.setattr(sys, "argv", [command, *map(str, arguments)])
+            patch.setattr("torch.set_num_threads", lambda number: None)
+            scripts[command].load()()
+
+    def variables(self, trainers: str = "found") -> dict[str, str]:
+        """Environment of a command; see :meth:`start`."""
+        from medmamba.nnunet.names import EXT_TRAINER, trainers_folder
+
+        variables = {f"nnUNet_{name}": str(self.root / name) for name in ("raw", "preprocessed", "results")}
+        variables |= {"nnUNet_def_n_proc": "1", "nnUNet_n_proc_DA": "0"}
+        return variables if trainers != "found" else {**variables, EXT_TRAINER: str(trainers_folder())}
+
+
+@contextmanager
+def threads_for_processes() -> Iterator[None]:
+    """Within this context nnU-Net's pools of spawned processes are pools of threads."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(multiprocessing, "get_context", lambda method=None: SimpleNamespace(Pool=ThreadPool))
+        yield
+
+
+@pytest.fixture(scope="session")
+def make_folder(tmp_path_factory) -> Callable[[], Folder]:
+    """Makes empty folders of nnU-Net for console commands."""
+    return lambda: Folder(tmp_path_factory.mktemp("nnunet"))
+
+
+@pytest.fixture(scope="module")
+def folder(make_folder) -> Folder:
+    """Folders of nnU-Net that the tests of a module share."""
+    return make_folder()
 
 
 @pytest.fixture(scope="session")
@@ -39,14 +169,27 @@ def stock_plans(load_plans) -> dict[str, Any]:
     return plans
 
 
+@pytest.fixture(scope="session")
+def make_tiny() -> Callable[[Mapping[str, Any]], dict[str, Any]]:
+    """Plans of ours from stock plans: :func:`tiny`."""
+    return tiny
+
+
 @pytest.fixture
 def tiny_plans(stock_plans) -> dict[str, Any]:
     """Plans of ours for the small dataset: a tiny VM-UNet and one epoch of two iterations."""
+    return tiny(stock_plans)
+
+
+def tiny(stock_plans: Mapping[str, Any]) -> dict[str, Any]:
+    """Plans of ours from stock plans: a tiny VM-UNet in every configuration, and one epoch of two iterations."""
     from medmamba.nnunet.architecture import architecture_block
 
-    plans = deepcopy(stock_plans)
+    plans = deepcopy(dict(stock_plans))
     plans["plans_name"] = "nnUNetMedMambaVMUNetPlans"
     for configuration in plans["configurations"].values():
+        if "architecture" not in configuration:  # it inherits one
+            continue
         options = {**TINY, **({} if len(configuration["patch_size"]) == 3 else {"routes": ["hwd", "hwd:reverse"]})}
         configuration["architecture"] = architecture_block("vmunet", configuration["architecture"], options)
     schedule = {"num_epochs": 1, "num_iterations_per_epoch": 2, "num_val_iterations_per_epoch": 1}
@@ -57,26 +200,36 @@ def tiny_plans(stock_plans) -> dict[str, Any]:
 @pytest.fixture(scope="session")
 def preprocessed(tmp_path_factory, raw_cases, load_plans) -> Path:
     """``nnUNet_preprocessed`` with three real cases, preprocessed by nnU-Net in this process; do not write to it."""
+    root = tmp_path_factory.mktemp("nnUNet_preprocessed")
+    dataset_json = json.loads((raw_cases / "dataset.json").read_text())
+    preprocess(root / DATASET, raw_cases, load_plans("isotropic"), dataset_json)
+    return root
+
+
+def preprocess(
+    target: Path,
+    raw: Path,
+    plans: Mapping[str, Any],
+    dataset_json: Mapping[str, Any],
+    configurations: tuple[str, ...] = ("3d_fullres",),
+) -> None:
+    """Preprocess the cases of ``raw`` as nnU-Net does, in this process, into the new dataset folder ``target``."""
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-    dataset_json = json.loads((raw_cases / "dataset.json").read_text())
-    root = tmp_path_factory.mktemp("nnUNet_preprocessed")
-    target = root / DATASET
-    manager = PlansManager(load_plans("isotropic"))
-    configuration = manager.get_configuration("3d_fullres")
-    data = target / configuration.data_identifier
-    (target / "gt_segmentations").mkdir(parents=True)
-    data.mkdir()
-    for case in CASES:
-        image, label = raw_cases / "imagesTr" / f"{case}_0000.nii.gz", raw_cases / "labelsTr" / f"{case}.nii.gz"
-        configuration.preprocessor_class(verbose=False).run_case_save(
-            str(data / case), [str(image)], str(label), manager, configuration, dataset_json
-        )
-        shutil.copy(label, target / "gt_segmentations")
+    manager = PlansManager(deepcopy(dict(plans)))
+    shutil.copytree(raw / "labelsTr", target / "gt_segmentations")
+    for name in configurations:
+        configuration = manager.get_configuration(name)
+        data = target / configuration.data_identifier
+        data.mkdir()
+        for case in CASES:
+            image, label = raw / "imagesTr" / f"{case}_0000.nii.gz", raw / "labelsTr" / f"{case}.nii.gz"
+            configuration.preprocessor_class(verbose=False).run_case_save(
+                str(data / case), [str(image)], str(label), manager, configuration, dict(dataset_json)
+            )
     (target / "dataset.json").write_text(json.dumps(dataset_json))
     (target / "dataset_fingerprint.json").write_text("{}")
     (target / "splits_final.json").write_text(json.dumps([{"train": CASES[:2], "val": CASES[2:]}]))
-    return root
 
 
 @pytest.fixture
@@ -97,10 +250,16 @@ def make_trainer(folders, raw_cases) -> Callable[..., Any]:
     """Builds a trainer on the CPU as ``nnUNetv2_train`` does."""
     import torch
 
-    def make(name: str, plans: dict[str, Any], configuration: str = "3d_fullres") -> Any:
+    def make(
+        name: str,
+        plans: dict[str, Any],
+        configuration: str = "3d_fullres",
+        dataset_json: dict[str, Any] | None = None,
+    ) -> Any:
         from medmamba.nnunet.trainers import TRAINERS
 
-        dataset_json = json.loads((raw_cases / "dataset.json").read_text())
+        if dataset_json is None:
+            dataset_json = json.loads((raw_cases / "dataset.json").read_text())
         plans = {**plans, "continue_training": False}
         return TRAINERS[name](plans, configuration, 0, dataset_json, torch.device("cpu"))
 
