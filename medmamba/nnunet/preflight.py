@@ -31,14 +31,14 @@ def check_training(arguments: Sequence[str]) -> list[str]:
     parser.add_argument("-tr")
     parser.add_argument("-p", default="nnUNetPlans")
     parser.add_argument("-pretrained_weights")
-    parser.add_argument("-num_gpus")
+    parser.add_argument("-num_gpus", type=int, default=1)
     parser.add_argument("-device", default="cuda")
     options = parser.read(arguments)
     if options is None:
         return list(arguments)
 
     preprocessed = folders.folder("nnUNet_preprocessed")
-    folders.folder("nnUNet_results")
+    results = folders.folder("nnUNet_results")
     raw = folders.folder_or_none("nnUNet_raw")
     dataset = folders.find_dataset(options.dataset, [preprocessed, *([raw] if raw else [])])
     if not (preprocessed / dataset).is_dir():
@@ -52,6 +52,7 @@ def check_training(arguments: Sequence[str]) -> list[str]:
     if options.pretrained_weights and not Path(options.pretrained_weights).is_file():
         raise CommandError(f"-pretrained_weights {options.pretrained_weights} is not a file")
     _check_device(options.device)
+    _check_gpus(options.num_gpus, options.device, configuration["batch_size"])
     network = _network_that_fits(configuration)
     data = preprocessed / dataset / configuration["data_identifier"]
     if not data.is_dir() or not any(data.iterdir()):
@@ -59,10 +60,17 @@ def check_training(arguments: Sequence[str]) -> list[str]:
             f"{data} holds no preprocessed data; run `nnUNetv2_preprocess -d {int(dataset[7:10])} -plans_name "
             f"{options.p} -c {options.configuration}`"
         )
+    trainer = options.tr or "nnUNetTrainer"
+    added: list[str] = []
     if options.tr is None and network is not None and trainer_name(network) in TRAINER_VARIANTS:
-        logger.warning("-tr %s, because the plans name the network %s", trainer_name(network), network)
-        return [*arguments, "-tr", trainer_name(network)]
-    return list(arguments)
+        trainer = trainer_name(network)
+        logger.warning("-tr %s, because the plans name the network %s", trainer, network)
+        added = ["-tr", trainer]
+    if configuration.get("previous_stage"):
+        stage = f"{trainer}__{options.p}__{configuration['previous_stage']}"
+        cases = _cases_of_fold(preprocessed / dataset, data, options.fold)
+        _check_previous_stage(results / dataset / stage, options.configuration, cases)
+    return [*arguments, *added]
 
 
 def check_prediction(arguments: Sequence[str]) -> list[str]:
@@ -78,6 +86,7 @@ def check_prediction(arguments: Sequence[str]) -> list[str]:
     parser.add_argument("-tr")
     parser.add_argument("-f", nargs="+", default=["0", "1", "2", "3", "4"])
     parser.add_argument("-chk", default="checkpoint_final.pth")
+    parser.add_argument("-prev_stage_predictions")
     parser.add_argument("-device", default="cuda")
     options = parser.read(arguments)
     if options is None:
@@ -103,6 +112,7 @@ def check_prediction(arguments: Sequence[str]) -> list[str]:
             f"plans {options.p}, configuration {options.c} were trained by several trainers; add -tr {trainers}"
         )
     _check_folds(results / dataset / fitting[0], options.f, options.chk)
+    _check_first_stage(results / dataset / fitting[0], options.c, options.prev_stage_predictions)
     _check_device(options.device)
     return list(arguments) if options.tr is not None else [*arguments, "-tr", fitting[0].split("__")[0]]
 
@@ -153,8 +163,64 @@ def _check_folds(model: Path, folds: Sequence[str], checkpoint: str) -> None:
         raise CommandError(f"no {checkpoint} for fold {', '.join(missing)} of {model.name}; {remedy}")
 
 
+def _check_previous_stage(model: Path, configuration: str, cases: set[str]) -> None:
+    """The second stage of a cascade trains on what the first predicted for every case, in the fold that holds it."""
+    predicted = model / "predicted_next_stage" / configuration
+    missing = sorted(cases - {path.stem for path in predicted.glob("*.*")})
+    if missing:
+        trainer, _, stage = model.name.split("__")
+        raise CommandError(
+            f"{configuration} reads what {stage} predicted, and {predicted} lacks {len(missing)} of {len(cases)} cases "
+            f"({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}); train {stage} with -tr {trainer} first, "
+            "every fold or fold all, and do not skip its validation"
+        )
+
+
+def _cases_of_fold(dataset: Path, data: Path, fold: str) -> set[str]:
+    splits = dataset / "splits_final.json"
+    if fold != "all" and splits.is_file():
+        content = folders.read_json(splits)
+        if int(fold) < len(content):
+            return {*content[int(fold)]["train"], *content[int(fold)]["val"]}
+    return {path.stem for path in data.glob("*.pkl")}
+
+
+def _check_first_stage(model: Path, configuration: str, predictions: str | None) -> None:
+    if not (model / "plans.json").is_file():
+        return
+    previous = folders.configuration_of(folders.read_json(model / "plans.json"), configuration).get("previous_stage")
+    if previous is None:
+        return
+    if predictions is None:
+        raise CommandError(
+            f"{configuration} reads the segmentations of {previous}; predict the images with -c {previous} first and "
+            "name that folder with -prev_stage_predictions"
+        )
+    if not Path(predictions).is_dir():
+        raise CommandError(f"-prev_stage_predictions {predictions} is not a folder; it holds what {previous} predicted")
+
+
 def _check_device(device: str) -> None:
     import torch
 
     if device == "cuda" and not torch.cuda.is_available():
         raise CommandError("this torch finds no CUDA device (nnU-Net's default); add -device cpu")
+
+
+def _check_gpus(number: int, device: str, batch_size: int) -> None:
+    import torch
+
+    if number <= 1:
+        return
+    if device != "cuda":
+        raise CommandError(f"-num_gpus {number} needs CUDA devices, and -device is {device}; leave one of the two out")
+    if torch.cuda.device_count() < number:
+        raise CommandError(
+            f"-num_gpus {number}, and this torch finds {torch.cuda.device_count()}; choose with CUDA_VISIBLE_DEVICES "
+            "which it may use, or lower -num_gpus"
+        )
+    if batch_size < number:
+        raise CommandError(
+            f"-num_gpus {number} shares out a batch of {batch_size}, so a GPU would have nothing; lower -num_gpus, or "
+            f"plan a larger batch (--batch-size {number})"
+        )

@@ -103,6 +103,7 @@ def test_run_shows_errors_of_nnunet_as_they_are(planned, capsys):
         ("", "901 3d 0", "no configuration '3d'; known: 2d, 3d_fullres"),
         ("", "901 3d_fullres x", "fold 'x' is neither a number nor 'all'"),
         ("", "901 2d 0", "holds no preprocessed data; run `nnUNetv2_preprocess -d 901 -plans_name nnUNetPlans -c 2d`"),
+        ("", "901 3d_fullres 0 -num_gpus 2", "-num_gpus 2 needs CUDA devices, and -device is cpu; leave one of the"),
         ("", "901 3d_fullres 0 -pretrained_weights w.pth", "-pretrained_weights w.pth is not a file"),
         ("patch", f"901 3d_fullres 0 -p {PLANS}", "patch 16x20x16 does not fit .* axis 1 must be a multiple of 8"),
         ("network", f"901 3d_fullres 0 -p {PLANS}", r"the plans name the network medmamba\.networks\.other\.net"),
@@ -130,6 +131,19 @@ def test_train_without_a_gpu_says_so(planned, monkeypatch, capsys):
     assert_one_line("train", ["901", "3d_fullres", "0"], "finds no CUDA device .* add -device cpu", capsys)
 
 
+@pytest.mark.parametrize(
+    ("gpus", "wanted", "message"),
+    [
+        (1, 2, "-num_gpus 2, and this torch finds 1; choose with CUDA_VISIBLE_DEVICES"),
+        (8, 3, "-num_gpus 3 shares out a batch of 2, so a GPU would have nothing; .*--batch-size 3"),
+    ],
+)
+def test_train_refuses_more_gpus_than_there_are_devices_or_samples(gpus, wanted, message, planned, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    assert_one_line("train", ["901", "3d_fullres", "0", "-num_gpus", str(wanted)], message, capsys)
+
+
 def test_train_refuses_a_trainer_of_another_network(planned, capsys, monkeypatch):
     other = replace(NETWORKS["vmunet"], name="other")
     monkeypatch.setitem(NETWORKS, "vmunet", replace(NETWORKS["vmunet"], build="medmamba.networks.other.net"))
@@ -137,6 +151,49 @@ def test_train_refuses_a_trainer_of_another_network(planned, capsys, monkeypatch
     arguments = f"901 3d_fullres 0 -device cpu -p {PLANS} -tr nnUNetTrainerVMUNet".split()
     assert_one_line("train", arguments, "made for the network other, the trainer trains vmunet", capsys)
     assert list((planned / "nnUNet_results").iterdir()) == []
+
+
+@pytest.fixture
+def cascade(planned, tiny_plans):
+    """Folders with plans of a cascade; returns the folder of its first stage's predictions."""
+    full = tiny_plans["configurations"]["3d_fullres"]
+    tiny_plans["configurations"]["3d_lowres"] = {**full, "next_stage": "3d_cascade_fullres"}
+    second = {"inherits_from": "3d_fullres", "previous_stage": "3d_lowres"}
+    tiny_plans["configurations"]["3d_cascade_fullres"] = second
+    (planned / "nnUNet_preprocessed" / DATASET / f"{PLANS}.json").write_text(json.dumps(tiny_plans))
+    first_stage = planned / "nnUNet_results" / DATASET / f"nnUNetTrainerVMUNet__{PLANS}__3d_lowres"
+    predicted = first_stage / "predicted_next_stage" / "3d_cascade_fullres"
+    predicted.mkdir(parents=True)
+    return predicted
+
+
+@pytest.mark.parametrize("fold", ["0", "5", "all"])
+def test_train_needs_the_predictions_of_the_first_stage_of_a_cascade(fold, cascade, capsys):
+    arguments = f"901 3d_cascade_fullres {fold} -device cpu -p {PLANS}".split()
+    for case in ("hippocampus_148", "hippocampus_149"):
+        (cascade / f"{case}.b2nd").touch()
+    message = r"lacks 1 of 3 cases \(hippocampus_320\); train 3d_lowres with -tr nnUNetTrainerVMUNet first"
+    assert_one_line("train", arguments, message, capsys)
+    (cascade / "hippocampus_320.b2nd").touch()
+    assert preflight.check_training(arguments) == [*arguments, "-tr", "nnUNetTrainerVMUNet"]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([], "3d_cascade_fullres reads the segmentations of 3d_lowres; predict the images with -c 3d_lowres first"),
+        (["-prev_stage_predictions", "nowhere"], "-prev_stage_predictions nowhere is not a folder; it holds what"),
+    ],
+    ids=str,
+)
+def test_predict_needs_the_predictions_of_the_first_stage_of_a_cascade(given, message, cascade, tmp_path, capsys):
+    second = tmp_path / "nnUNet_results" / DATASET / f"nnUNetTrainerVMUNet__{PLANS}__3d_cascade_fullres"
+    (second / "fold_0").mkdir(parents=True)
+    (second / "fold_0" / "checkpoint_final.pth").touch()
+    shutil.copy(tmp_path / "nnUNet_preprocessed" / DATASET / f"{PLANS}.json", second / "plans.json")
+    arguments = f"-d 901 -p {PLANS} -c 3d_cascade_fullres -f 0 -device cpu -o out -i {tmp_path}".split()
+    assert_one_line("predict", [*arguments, *given], message, capsys)
+    assert preflight.check_prediction([*arguments, "-prev_stage_predictions", str(tmp_path)])
 
 
 @pytest.mark.parametrize(
