@@ -49,7 +49,7 @@ def results(folder, raw_cases, load_plans):
     dataset_json = json.loads((dataset / "dataset.json").read_text())
     (folder.root / "spec.json").write_text(json.dumps({"cases": cases, "dataset_json": dataset_json}))
     processes = [folder.start(sys.executable, str(WORKER), str(rank), str(folder.root)) for rank in (0, 1)]
-    printed = [process.communicate(timeout=600)[0] for process in processes]
+    printed = [process.communicate(timeout=900)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], "\n".join(text[-4000:] for text in printed)
     reports = [json.loads((folder.root / f"result_{rank}.json").read_text()) for rank in (0, 1)]
     return SimpleNamespace(reports=reports, folder=folder)

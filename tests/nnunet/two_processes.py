@@ -154,7 +154,7 @@ def main(rank: int, folder: Path) -> None:
         init_method=f"file://{folder / 'rendezvous'}",
         rank=rank,
         world_size=WORLD,
-        timeout=timedelta(seconds=60),
+        timeout=timedelta(minutes=5),
     )
     result: dict[str, Any] = {name: compare_gradients(trainer, rank) for name, trainer in trainers.items()}
     some = trainers[min(name for name in trainers if name.endswith(" heads"))]
