@@ -123,9 +123,9 @@ class MambaTrainer(nnUNetTrainer):
         """One iteration of nnU-Net, in bfloat16 where the GPU has it.
 
         Raises:
-            NonFiniteLossError: loss, gradients or the step sizes of a scan are NaN or infinite, here or in another process
-                of a multi-GPU training. The weights are those before this iteration; batch and weights have been
-                written beside the checkpoints.
+            NonFiniteLossError: loss, gradients or the step sizes of a scan are NaN or infinite, here or in another
+                process of a multi-GPU training. The weights are those before this iteration; batch and weights have
+                been written beside the checkpoints.
         """
         try:
             with self._autocast_default():

@@ -79,7 +79,13 @@ def test_two_processes_train_and_validate_together(results):
 
 
 def test_a_loss_that_is_not_finite_in_one_process_stops_both_with_its_cases(results):
-    first, second = (report["diverges"] for report in results.reports)
+    first, second = (report["infinite loss"] for report in results.reports)
     assert first == second
-    assert "the training loss is" in first
+    assert "the training loss is inf" in first
     assert "(cases case_1)" in first
+
+
+def test_gradients_that_are_not_finite_in_one_process_stop_both(results):
+    for rank, report in enumerate(results.reports):
+        assert "the gradients are not finite" in report["infinite gradients"]
+        assert f"(cases case_{rank})" in report["infinite gradients"]

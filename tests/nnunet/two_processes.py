@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import sys
+from collections.abc import Callable
 from copy import deepcopy
 from datetime import timedelta
 from multiprocessing.pool import ThreadPool
@@ -24,7 +25,8 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from medmamba.layers import DropPath
-from medmamba.nnunet.trainers import TRAINERS, MambaTrainer, NonFiniteLossError
+from medmamba.nnunet.guard import NonFiniteLossError
+from medmamba.nnunet.trainers import TRAINERS, MambaTrainer
 
 WORLD = 2
 #: Name of the case that is trained and validated on real data.
@@ -131,16 +133,17 @@ def train_and_validate(trainer: MambaTrainer, rank: int) -> dict[str, Any]:
     return {"losses": list(map(float, trainer.logger.get_value("train_losses", step=None)))}
 
 
-def diverge(trainer: MambaTrainer, rank: int) -> str:
-    """The error of this process when the loss of the last one becomes infinite."""
-    share = share_of(batch_of(trainer), rank)
+def diverge(trainer: MambaTrainer, rank: int, spoil: Callable[[Tensor], Tensor]) -> str:
+    """The error of this process when ``spoil`` is applied to the loss of the last one."""
+    finite = trainer.loss
     if rank == WORLD - 1:
-        finite = trainer.loss
-        trainer.loss = lambda output, target: finite(output, target) * float("inf")
+        trainer.loss = lambda output, target: spoil(finite(output, target))
     try:
-        trainer.train_step(share)
+        trainer.train_step(share_of(batch_of(trainer), rank))
     except NonFiniteLossError as error:
         return str(error)
+    finally:
+        trainer.loss = finite
     return "no error"
 
 
@@ -160,7 +163,8 @@ def main(rank: int, folder: Path) -> None:
     some = trainers[min(name for name in trainers if name.endswith(" heads"))]
     result["saves"] = save(some, rank, folder)
     result[WHOLE] = train_and_validate(whole, rank)
-    result["diverges"] = diverge(some, rank)
+    result["infinite loss"] = diverge(some, rank, lambda loss: loss + float("inf"))
+    result["infinite gradients"] = diverge(some, rank, lambda loss: loss * float("inf"))
     (folder / f"result_{rank}.json").write_text(json.dumps(result))
     dist.destroy_process_group()
 
