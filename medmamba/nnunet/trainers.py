@@ -55,6 +55,9 @@ class MambaTrainer(nnUNetTrainer):
             dataset_json,
             device,
         )
+        if len(self.configuration_manager.pool_op_kernel_sizes) < 3:
+            # nnU-Net gives the coarsest output no weight; if it is the only one, the loss would be 0 / 0.
+            self.enable_deep_supervision = False
         self.schedule = schedule_of(plans, self.variant)
         self.num_epochs = self.schedule.num_epochs
         self.num_iterations_per_epoch = self.schedule.num_iterations_per_epoch

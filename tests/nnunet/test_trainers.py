@@ -126,6 +126,14 @@ def test_steps_lower_the_loss(trainer, batch):
     assert losses[-1] < losses[0]
 
 
+def test_plans_with_one_downsampling_have_a_loss(make_trainer, stock_plans, batch):
+    planned = stock_plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]
+    planned.update(strides=planned["strides"][:2], kernel_sizes=planned["kernel_sizes"][:2], features_per_stage=[8, 16])
+    trainer = make_trainer("nnUNetTrainerVMUNet", stock_plans)
+    trainer.initialize()
+    assert np.isfinite(trainer.train_step({**batch, "target": batch["target"][0]})["loss"])
+
+
 def test_a_bad_voxel_stops_with_the_cases(trainer, batch):
     trainer.initialize()
     trainer.train_step(batch)
