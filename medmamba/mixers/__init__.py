@@ -4,6 +4,10 @@ A *core* maps (B, L, C) tokens of a (D, H, W) grid to tokens of the same shape. 
 name of a core as ``ssm_mode``, so each has its controls: the same network with the scan replaced. A core is built
 from ``(width, *, d_state, dt_rank, routes, kernel_size, dt_range=None, fusion=None)`` and takes what it needs.
 
+Its forward is ``(u, grid, *, mask=None)``. With a ``mask``, (B, L) bool and True for tokens that take part, the others
+are not read and their result is 0. To a scan it is as if they had been cut out of every route; the segments of a route
+with resets stay the same. To a convolution they are zeros.
+
 :class:`MultiHeadCore` puts several cores side by side; :class:`GatedFusion` is a ``fusion``.
 """
 

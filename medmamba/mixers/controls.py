@@ -23,6 +23,7 @@ from medmamba.layers.parameters import exempt_from_decay
 from medmamba_kernels import resolve_routes, selective_scan
 from medmamba_kernels.routes import Route
 
+from .mask import keep
 from .scan import DtRange, ScanCore, inverse_softplus_of_log_uniform
 
 #: Tokens between two resets of the windowed scan: fewer than the median state remembers at initialisation (15).
@@ -96,8 +97,9 @@ class LTICore(nn.Module):
         own = sum(p.numel() for p in self.parameters())
         self.top_up = _low_rank(width, scan_parameters(width, d_state, dt_rank, count) - own)
 
-    def forward(self, u: Tensor, grid: tuple[int, int, int]) -> Tensor:
-        """(B, L, E) tokens in the raster order of ``grid`` -> (B, L, E)."""
+    def forward(self, u: Tensor, grid: tuple[int, int, int], *, mask: Tensor | None = None) -> Tensor:
+        """(B, L, E) tokens in the raster order of ``grid`` -> (B, L, E); ``mask``: see :mod:`medmamba.mixers`."""
+        u = keep(u, mask)
         batch, length, width = u.shape
         count, states = self.B.shape
         tokens = (batch, length, count)
@@ -114,6 +116,7 @@ class LTICore(nn.Module):
             grid=grid,
             dt_bias=self.dt_bias,
             dt_weight=u.new_zeros(count, width, 1),
+            dt_mask=mask,
             merge="sum" if self.fusion is None else "none",
         )
         return (y if self.fusion is None else self.fusion(y)) + self.top_up(u)
@@ -150,11 +153,12 @@ class DepthwiseCore(nn.Module):
         self.conv = conv(width, width, [k if size > 1 else 1 for size in kernel_size], groups=width)
         self.top_up = _low_rank(width, budget - sum(p.numel() for p in self.conv.parameters()))
 
-    def forward(self, u: Tensor, grid: tuple[int, int, int]) -> Tensor:
-        """(B, L, E) tokens in the raster order of ``grid`` -> (B, L, E)."""
+    def forward(self, u: Tensor, grid: tuple[int, int, int], *, mask: Tensor | None = None) -> Tensor:
+        """(B, L, E) tokens in the raster order of ``grid`` -> (B, L, E); ``mask``: see :mod:`medmamba.mixers`."""
+        u = keep(u, mask)
         batch, _, width = u.shape
         volume = u.mT.reshape(batch, width, *grid[-self.axes :])
-        return self.conv(volume).flatten(2).mT + self.top_up(u)
+        return keep(self.conv(volume).flatten(2).mT + self.top_up(u), mask)
 
 
 def scan_parameters(width: int, d_state: int, dt_rank: int, routes: int) -> int:

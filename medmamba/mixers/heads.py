@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from .mask import keep
+
 
 class MultiHeadCore(nn.Module):
     """Every head reads its own slice of a projection along its own routes; the slices are joined again.
@@ -53,8 +55,8 @@ class MultiHeadCore(nn.Module):
         self.norm = nn.LayerNorm(joined)
         self.join_proj = nn.Linear(joined, width, bias=False)
 
-    def forward(self, u: Tensor, grid: tuple[int, int, int]) -> Tensor:
-        """(B, L, E) tokens in the raster order of ``grid`` -> (B, L, E)."""
-        slices = self.split_proj(u).split(self.head_width, dim=-1)
-        y = torch.cat([head(part, grid) for head, part in zip(self.heads, slices, strict=True)], dim=-1)
-        return self.join_proj(self.norm(y))
+    def forward(self, u: Tensor, grid: tuple[int, int, int], *, mask: Tensor | None = None) -> Tensor:
+        """(B, L, E) tokens in the raster order of ``grid`` -> (B, L, E); ``mask``: see :mod:`medmamba.mixers`."""
+        slices = self.split_proj(keep(u, mask)).split(self.head_width, dim=-1)
+        y = torch.cat([head(part, grid, mask=mask) for head, part in zip(self.heads, slices, strict=True)], dim=-1)
+        return keep(self.join_proj(self.norm(y)), mask)

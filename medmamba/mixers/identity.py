@@ -6,9 +6,14 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
+from .mask import keep
+
 
 class IdentityCore(nn.Module):
-    """Returns its input. Takes the arguments of :class:`medmamba.mixers.scan.ScanCore` and ignores them."""
+    """Returns its input, 0 where it is masked.
+
+    Takes the arguments of :class:`medmamba.mixers.scan.ScanCore` and ignores them.
+    """
 
     def __init__(
         self,
@@ -23,5 +28,5 @@ class IdentityCore(nn.Module):
     ):
         super().__init__()
 
-    def forward(self, u: Tensor, grid: tuple[int, int, int]) -> Tensor:
-        return u
+    def forward(self, u: Tensor, grid: tuple[int, int, int], *, mask: Tensor | None = None) -> Tensor:
+        return keep(u, mask)

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from medmamba_kernels import Route, resolve_routes
 from medmamba_kernels.routes import Grid, route_table
 
+from .mask import keep
+
 
 class MambaDirection(nn.Module):
     """core(SiLU(causal convolution)) along one route. (B, L, E) tokens in raster order -> same.
@@ -29,6 +31,9 @@ class MambaDirection(nn.Module):
         conv_size: tokens that the depthwise convolution sees: a token itself and those before it on the route. The
             places where a route clears the state (``reset``) are ordinary tokens to it.
         route: order of the tokens.
+
+    Masked tokens (``mask``, see :mod:`medmamba.mixers`) are zeros to the convolution: a token behind a gap sees the gap
+    and not, as it would in the compacted sequence, the tokens in front of it. The scan is that of the compacted one.
     """
 
     def __init__(self, width: int, *, core: Callable[..., nn.Module], dt_rank: int, conv_size: int, route: Route):
@@ -38,8 +43,8 @@ class MambaDirection(nn.Module):
         self.act = nn.SiLU()
         self.core = core(width, dt_rank=dt_rank, routes=[str(route)])
 
-    def forward(self, u: Tensor, grid: Grid) -> Tensor:
-        return self.core(self.act(self.convolve(u, grid)), grid)
+    def forward(self, u: Tensor, grid: Grid, *, mask: Tensor | None = None) -> Tensor:
+        return self.core(self.act(self.convolve(keep(u, mask), grid)), grid, mask=mask)
 
     def convolve(self, u: Tensor, grid: Grid) -> Tensor:
         """The causal convolution along the route; raster order in and out."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from medmamba.layers.parameters import exempt_from_decay
 from medmamba_kernels import resolve_routes, selective_scan
 
+from .mask import keep
 from .timescale import DEFAULT_DT_RANGE
 
 #: Step sizes at initialisation: one (low, high) for all routes, one per route, or None for Mamba's.
@@ -104,8 +105,9 @@ class ScanCore(nn.Module):
         r = torch.einsum("ble,kre->blkr", u, self.x_proj[:, : self.dt_rank])
         return F.softplus(torch.einsum("blkr,ker->blke", r, self.dt_proj) + self.dt_bias)
 
-    def forward(self, u: Tensor, grid: tuple[int, int, int]) -> Tensor:
-        """(B, L, E) tokens in the raster order of ``grid`` -> (B, L, E)."""
+    def forward(self, u: Tensor, grid: tuple[int, int, int], *, mask: Tensor | None = None) -> Tensor:
+        """(B, L, E) tokens in the raster order of ``grid`` -> (B, L, E); ``mask``: see :mod:`medmamba.mixers`."""
+        u = keep(u, mask)
         batch, length, _ = u.shape
         count, rows, width = self.x_proj.shape
         projected = F.linear(u, self.x_proj.view(count * rows, width)).view(batch, length, count, rows)
@@ -124,6 +126,7 @@ class ScanCore(nn.Module):
             grid=grid,
             dt_bias=self.dt_bias,
             dt_weight=self.dt_proj,
+            dt_mask=mask,
             merge="sum" if self.fusion is None else "none",
         )
         return y if self.fusion is None else self.fusion(y)
