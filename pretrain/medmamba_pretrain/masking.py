@@ -8,13 +8,14 @@ network ever joins visible with masked positions. :class:`MaskedEncoder` then ru
 what                                under a mask
 ==================================  =========================================================================
 input                               masked voxels are 0 before the stem
-convolution, pooling                masked positions are 0 in front of it and behind it
+convolution                         masked positions are 0 in front of it and behind it
 norm over positions                 statistics of each sample's visible positions; 0 at masked ones
 scan and what stands in its place   gets the mask of its tokens: :mod:`medmamba.mixers`
 ==================================  =========================================================================
 
-Everything else works position by position and needs no rule. Masked positions are replaced (``torch.where``), never
-multiplied by 0, so that NaN and infinity stay behind the mask in the gradient as well.
+Everything else works position by position or, as patch merging and pooling, within units, and needs no rule. Masked
+positions are replaced (``torch.where``), never multiplied by 0, so that NaN and infinity stay behind the mask in the
+gradient as well.
 
 The scheme is that of MambaMIM (Tang et al., 2024, arXiv:2408.08070, bottom-up masking) and SparK (Tian et al.,
 "Designing BERT for Convolutional Networks: Sparse and Hierarchical Masked Modeling", 2023, arXiv:2301.03580).
@@ -252,7 +253,7 @@ def masked_copy(module: nn.Module, visible: Visible) -> nn.Module:
 
 
 def _rule(module: nn.Module, name: str) -> Rule | None:
-    """How a module runs under a mask; None if its children say so, or if it works position by position.
+    """How a module runs under a mask; None if its children say so, or if nothing crosses the border of a unit in it.
 
     Raises:
         ValueError: it mixes positions in a way that has no rule, or nobody has said whether it does.
@@ -261,15 +262,14 @@ def _rule(module: nn.Module, name: str) -> Rule | None:
         return _with_token_mask
     if isinstance(module, _CONVOLUTIONS):
         return None if math.prod(module.kernel_size) == 1 else _between_zeros
-    if isinstance(module, _POOLS) and _tiles(module):
-        return _between_zeros
     if isinstance(module, _INSTANCE_NORMS) and not module.track_running_stats:
         return partial(_with_visible_statistics, groups=None)
     if isinstance(module, nn.GroupNorm):
         return partial(_with_visible_statistics, groups=module.num_groups)
     if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) == 1:
         return None
-    if isinstance(module, _PER_POSITION) or _leaves_it_to_its_children(module):
+    tiles = isinstance(module, _POOLS) and _tiles(module)
+    if tiles or isinstance(module, _PER_POSITION) or _leaves_it_to_its_children(module):
         return None
     raise ValueError(f"{name} ({type(module).__name__}) cannot run under a mask: {_reason(module)}")
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from medmamba.layers import FeedForward, InstanceGroupNorm, LargeKernelExpand
+from medmamba.layers import FeedForward, InstanceGroupNorm, LargeKernelExpand, PatchMerge
 from medmamba.mixers import CORES, GatedFusion, MultiHeadCore, get_core
 from medmamba.mixers.mamba import MambaDirection
 from medmamba.networks import NETWORKS, create_network
@@ -46,6 +46,7 @@ MODE_CASES = [
 every_network = pytest.mark.parametrize(("name", "geometry", "kind"), NETWORK_CASES)
 every_mode = pytest.mark.parametrize(("name", "geometry", "kind", "mode"), MODE_CASES)
 GRID = (2, 3, 4)
+WITHIN_UNITS = (PatchMerge, nn.MaxPool2d, nn.MaxPool3d)
 
 
 def tiny(name, geometry, kind, mode=None, **options):
@@ -84,8 +85,8 @@ def run(encoder, image, visible):
 
 
 def mixing_modules(encoder):
-    """Modules of an encoder that look from one position to another, without what is inside of them."""
-    kinds = (nn.Conv2d, nn.Conv3d, nn.MaxPool2d, nn.MaxPool3d, nn.GroupNorm, nn.InstanceNorm2d, nn.InstanceNorm3d)
+    """Modules of an encoder that look from one unit to another, without what is inside of them."""
+    kinds = (nn.Conv2d, nn.Conv3d, nn.GroupNorm, nn.InstanceNorm2d, nn.InstanceNorm3d)
 
     def walk(module):
         if takes_mask(module) or (
@@ -103,6 +104,8 @@ def positions_of(module, inputs, units):
     """The mask of a module's input, ready to be broadcast."""
     if takes_mask(module):
         return Visible(units).tokens(inputs[1]).unsqueeze(-1)
+    if isinstance(module, PatchMerge):
+        return mask_at(units, inputs[0].shape[1:-1]).unsqueeze(-1)
     return mask_at(units, inputs[0].shape[2:]).unsqueeze(1)
 
 
@@ -134,7 +137,9 @@ def test_noise_behind_the_mask_inside_the_network_changes_no_bit(name, geometry,
             count += 1
             return torch.where(positions_of(module, inputs, visible), inputs[0], noise), *inputs[1:]
 
-        hooks = [module.register_forward_pre_hook(disturb) for module in mixing_modules(encoder)]
+        # Patch merging and pooling need no rule: their windows lie within units.
+        joining = [module for module in encoder.modules() if isinstance(module, WITHIN_UNITS)]
+        hooks = [module.register_forward_pre_hook(disturb) for module in mixing_modules(encoder) + joining]
         assert same_bits(run(encoder, image, visible), expected)
         assert count == len(hooks) > 2
         for hook in hooks:
