@@ -22,7 +22,7 @@ from importlib.metadata import EntryPoint, entry_points, version
 from medmamba.command import Command, CommandError
 
 GROUP = "medmamba.commands"
-LOGGERS = ("medmamba", "medmamba_kernels", "medmamba_plans")
+LOGGERS = ("medmamba", "medmamba_kernels", "medmamba_plans", "medmamba_pretrain")
 DISCLAIMER = "Research use only, not a medical device. No telemetry: nothing is sent anywhere."
 EXIT_CODES = (
     "exit codes: 0 all done, 1 internal error, 2 wrong usage or input, 3 some cases failed, "

@@ -45,7 +45,7 @@ class Room:
     lazy: frozenset[str] = field(default_factory=frozenset)
 
 
-LOWER = ("medmamba_kernels", *NETWORK_ROOMS, "medmamba.command")
+LOWER = ("medmamba_kernels", *NETWORK_ROOMS, "medmamba.command", "medmamba.files")
 TORCH = frozenset({"torch"})
 TRITON_KERNELS = "medmamba_kernels.backends._triton_kernels"
 TRITON_SSD = "medmamba_kernels.backends._triton_ssd"
@@ -59,6 +59,8 @@ ROOMS: dict[str, Room] = {
     "medmamba.networks": Room(("medmamba_kernels", "medmamba.layers", "medmamba.mixers"), TORCH),
     "medmamba.weights": Room(("medmamba_kernels", *NETWORK_ROOMS), TORCH, lazy=frozenset({"safetensors"})),
     "medmamba.inference": Room(LOWER, TORCH | ARRAYS, lazy=IO_LIBRARIES | {"monai"}),
+    # Also read by the corpora of pretraining; a process that only reads images does not import torch.
+    "medmamba.inference.reading": Room(third_party=IO_LIBRARIES | {"numpy"}),
     "medmamba.nnunet": Room((*LOWER, "medmamba.inference"), TORCH | {"nnunetv2", "numpy"}),
     "medmamba_plans": Room(
         (*LOWER, "medmamba.diagnostics", "medmamba.nnunet", "medmamba_plans.results"),
@@ -67,6 +69,12 @@ ROOMS: dict[str, Room] = {
     # Imported by `medmamba collect` when it runs.
     "medmamba_plans.results": Room((*LOWER, "medmamba.nnunet"), frozenset({"numpy"}), lazy=TORCH | {"scipy"}),
     "medmamba_pretrain": Room(("medmamba_kernels", *NETWORK_ROOMS), TORCH),
+    "medmamba_pretrain.commands": Room(("medmamba.command", "medmamba_pretrain.corpus")),
+    "medmamba_pretrain.corpus": Room(
+        ("medmamba.command", "medmamba.files", "medmamba.inference.reading"),
+        ARRAYS | {"blosc2", "joblib", "nibabel"},
+        lazy=frozenset({"SimpleITK", "dask", "tqdm"}),
+    ),
     "medmamba.demo": Room(
         (*LOWER, "medmamba.inference", "medmamba.nnunet", "medmamba_plans"),
         TORCH | ARRAYS | IO_LIBRARIES | {"matplotlib"},
@@ -79,6 +87,7 @@ ROOMS: dict[str, Room] = {
         (*LOWER, "medmamba.diagnostics", "medmamba.nnunet"), TORCH, lazy=frozenset({"matplotlib", "nnunetv2", "numpy"})
     ),
     "medmamba.command": Room(),
+    "medmamba.files": Room(),
     "medmamba.cli": Room(("medmamba.command",)),
     "medmamba": Room(("medmamba.networks",)),
 }
@@ -203,7 +212,9 @@ def test_the_checker_accepts_a_right_import(module, source):
 
 def test_third_party_imports_are_declared_dependencies():
     project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]
-    requirements = [*project["dependencies"], *project["optional-dependencies"]["triton"]]
+    requirements = [*project["dependencies"]]
+    for extra in project["optional-dependencies"].values():
+        requirements += extra
     declared = {_normalised(_distribution_name(text)) for text in requirements}
     distributions = packages_distributions()
     missing = set()

@@ -171,14 +171,27 @@ def _command_sections() -> Iterator[str]:
         yield f"{summary[0].upper()}{summary[1:]}.\n"
         if command.passthrough:
             yield "All further arguments are handed over untouched.\n"
-        formatter = parser._get_formatter()
-        rows = [
-            [f"`{_spelling(action)}`", _default(action), _meaning(formatter, action)]
-            for action in parser._actions
-            if not isinstance(action, argparse._HelpAction) and action.help != argparse.SUPPRESS
-        ]
-        if rows:
-            yield _table(["argument", "default", "meaning"], rows)
+        yield from _argument_tables(parser)
+
+
+def _argument_tables(parser: argparse.ArgumentParser) -> Iterator[str]:
+    """The arguments of a command, or a section for each of its actions."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for subparser in action.choices.values():
+                summary = _cell(subparser.description or "")
+                yield f"#### {subparser.prog}\n"
+                yield f"{summary[0].upper()}{summary[1:]}.\n"
+                yield from _argument_tables(subparser)
+            return
+    formatter = parser._get_formatter()
+    rows = [
+        [f"`{_spelling(action)}`", _default(action), _meaning(formatter, action)]
+        for action in parser._actions
+        if not isinstance(action, argparse._HelpAction) and action.help != argparse.SUPPRESS
+    ]
+    if rows:
+        yield _table(["argument", "default", "meaning"], rows)
 
 
 def _meaning(formatter: argparse.HelpFormatter, action: argparse.Action) -> str:

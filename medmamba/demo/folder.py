@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 from medmamba.command import CommandError
-from medmamba.nnunet.files import write_json
+from medmamba.files import write_json
 
 MARKER = "medmamba-demo.json"
 

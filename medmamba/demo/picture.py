@@ -17,7 +17,7 @@ from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 from numpy.typing import NDArray
 
-from medmamba.nnunet.files import write_atomically
+from medmamba.files import write_atomically
 
 #: Okabe and Ito's colours, which people with colour blindness tell apart.
 COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#F0E442", "#D55E00", "#0072B2")

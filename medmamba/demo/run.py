@@ -236,7 +236,7 @@ class _Run:
         )
         from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-        from medmamba.nnunet.files import write_json
+        from medmamba.files import write_json
         from medmamba_plans.derive import derive_plans
 
         name = self.dataset.name
@@ -300,7 +300,7 @@ class _Run:
         import torch
 
         from medmamba.demo.report import TOLERANCE_MM, draw_predictions, score_predictions
-        from medmamba.nnunet.files import write_json
+        from medmamba.files import write_json
         from medmamba_kernels.backends import choose_backend
 
         scores = score_predictions(self.dataset, self.predictions)

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from medmamba.files import write_atomically
 from medmamba.nnunet.errors import UserFacingError
-from medmamba.nnunet.files import write_atomically
 
 
 class NonFiniteLossError(UserFacingError, RuntimeError):

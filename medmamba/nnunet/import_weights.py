@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from medmamba.command import CommandError
+from medmamba.files import write_atomically
 from medmamba.nnunet import folders
 from medmamba.nnunet.architecture import ArchitectureError, build_network, network_ends, network_of
-from medmamba.nnunet.files import write_atomically
 from medmamba.weights import Report, WeightsError, load_published, read_checkpoint
 
 _SEED = 0

@@ -26,9 +26,9 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import nn
 from torch._dynamo import OptimizedModule
 
+from medmamba.files import write_atomically
 from medmamba.nnunet import optimisation
 from medmamba.nnunet.architecture import ArchitectureError, architecture_block, check_patch, network_of
-from medmamba.nnunet.files import write_atomically
 from medmamba.nnunet.guard import NonFiniteGradientsError, NonFiniteLossError, dump, refuse_non_finite_gradients
 from medmamba.nnunet.names import TRAINER_VARIANTS, TrainerVariant, trainer_name
 from medmamba.nnunet.schedule import Schedule

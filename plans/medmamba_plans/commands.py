@@ -83,9 +83,9 @@ def _configure(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    from medmamba.files import write_json
     from medmamba.nnunet import folders
     from medmamba.nnunet.errors import UserFacingError
-    from medmamba.nnunet.files import write_json
     from medmamba_plans.derive import BUDGET, check_options, derive_plans
 
     preprocessed = folders.folder("nnUNet_preprocessed")
@@ -299,7 +299,7 @@ def _calibrate(arguments: argparse.Namespace) -> int:
     import torch
 
     from medmamba.diagnostics.memory import MODEL_FILE
-    from medmamba.nnunet.files import write_json
+    from medmamba.files import write_json
     from medmamba.nnunet.folders import read_json
     from medmamba_plans import calibrate
 

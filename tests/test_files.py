@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from medmamba.nnunet.files import write_atomically, write_json
+from medmamba.files import write_atomically, write_json
 
 
 def test_json_comes_back_with_its_order(tmp_path):

@@ -1,0 +1,10 @@
+"""Checked reading of images: a damaged or unsuitable file is refused with a reason, never read as something else.
+
+What a reader of SimpleITK or nibabel takes without a word (a NIfTI cut in half, a flipped byte in a gzip, a DICOM
+series with a hole, the real part of a complex image) is refused here. What is only odd comes with a note.
+"""
+
+from .image import Image, ImageRefused
+from .read import READABLE_SUFFIXES, read_dicom_folder, read_image
+
+__all__ = ["READABLE_SUFFIXES", "Image", "ImageRefused", "read_dicom_folder", "read_image"]

@@ -1,0 +1,119 @@
+"""One DICOM series in a folder: slices sorted by position, with no hole between them.
+
+SimpleITK reads a series with a missing slice without a word and widens the spacing of all others. Here the positions
+decide: neighbouring slices must be equally far apart, within a hundredth of their distance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import SimpleITK
+from numpy.typing import NDArray
+
+from .image import Image, ImageRefused
+from .itk import affine_of, from_itk, refusing
+
+_POSITION, _ORIENTATION, _SPACING = "0020|0032", "0020|0037", "0028|0030"
+_MODALITY, _PATIENT, _IMAGE_TYPE = "0008|0060", "0010|0020", "0008|0008"
+_SAME_STEP = 0.01
+
+
+@dataclass(frozen=True)
+class _Slice:
+    path: str
+    position: NDArray[np.float64]
+    tags: dict[str, str]
+
+
+def read_dicom_folder(folder: Path) -> Image:
+    """Read the one image series of a folder (not of the folders below it).
+
+    Raises:
+        ImageRefused: see the codes in ``docs/how-to/pretrain-corpus.md``.
+        OSError: the folder cannot be read.
+    """
+    next(folder.iterdir(), None)  # SimpleITK reads an unreadable folder as an empty one
+    slices = [_read_header(path) for path in _files_of_the_series(folder)]
+    slices = [found for found in slices if "LOCALIZER" not in found.tags.get(_IMAGE_TYPE, "").upper()]
+    if len(slices) < 2:
+        raise ImageRefused("not-3d", f"{len(slices)} slices that are no localizer; a volume needs at least two")
+    row, column = _orientation(slices)
+    normal = np.cross(row, column)
+    slices.sort(key=lambda found: float(found.position @ normal))
+    step = _step([found.position for found in slices], normal)
+    reader = SimpleITK.ImageSeriesReader()
+    reader.SetFileNames([found.path for found in slices])
+    with refusing():
+        image = reader.Execute()
+    if image.GetDimension() != 3 or image.GetNumberOfComponentsPerPixel() != 1:
+        raise ImageRefused("voxel-type", "slices are colour pictures, not real numbers; export the scalar series")
+    spacing_x, spacing_y, _ = image.GetSpacing()
+    steps = np.stack([row * spacing_x, column * spacing_y, step], axis=1)
+    tags = {"modality": slices[0].tags.get(_MODALITY, ""), "patient": slices[0].tags.get(_PATIENT, "")}
+    return Image(from_itk(image).values, affine_of(steps, slices[0].position), tags=tags)
+
+
+def _files_of_the_series(folder: Path) -> Sequence[str]:
+    series = SimpleITK.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
+    if not series:
+        raise ImageRefused("format", "no file of this folder is a DICOM image (structures and reports are none)")
+    if len(series) > 1:
+        raise ImageRefused("several-series", f"{len(series)} series in one folder; give each a folder of its own")
+    names: Sequence[str] = SimpleITK.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), series[0])
+    return names
+
+
+def _read_header(path: str) -> _Slice:
+    reader = SimpleITK.ImageFileReader()
+    reader.SetFileName(path)
+    reader.LoadPrivateTagsOff()
+    with refusing():
+        reader.ReadImageInformation()
+    tags = {
+        key: reader.GetMetaData(key).strip()
+        for key in (_POSITION, _ORIENTATION, _SPACING, _MODALITY, _PATIENT, _IMAGE_TYPE)
+        if reader.HasMetaDataKey(key)
+    }
+    try:
+        position = np.array([float(value) for value in tags[_POSITION].split("\\")])
+    except (KeyError, ValueError) as error:
+        raise ImageRefused("geometry", f"slice {Path(path).name} has no position; export it again") from error
+    return _Slice(path, position, tags)
+
+
+def _orientation(slices: Sequence[_Slice]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Directions of rows and columns, equal in all slices."""
+    for key, what in ((_ORIENTATION, "orientations"), (_SPACING, "pixel spacings")):
+        if len(found := {item.tags.get(key, "") for item in slices}) > 1:
+            raise ImageRefused("geometry", f"slices have {len(found)} different {what}; split the series")
+    try:
+        cosines = [float(value) for value in slices[0].tags[_ORIENTATION].split("\\")]
+        row, column = np.array(cosines[:3]), np.array(cosines[3:6])
+        return row / np.linalg.norm(row), column / np.linalg.norm(column)
+    except (KeyError, ValueError) as error:
+        raise ImageRefused("geometry", "slices have no orientation; export the series again") from error
+
+
+def _step(positions: Sequence[NDArray[np.float64]], normal: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Mean vector from one slice to the next, when all are equal."""
+    steps = np.diff(np.stack(positions), axis=0)
+    lengths = steps @ normal
+    usual = float(np.median(lengths))
+    if lengths.min() <= _SAME_STEP * abs(usual):
+        raise ImageRefused("doubled-slice", f"two slices lie {lengths.min():g} mm apart; remove the copy")
+    if lengths.max() > 1.5 * usual:
+        k = int(lengths.argmax())
+        raise ImageRefused(
+            "missing-slice",
+            f"{lengths[k]:g} mm between slices {k + 1} and {k + 2}, {usual:g} mm elsewhere; fetch the missing ones",
+        )
+    if np.abs(steps - steps.mean(axis=0)).max() > _SAME_STEP * usual:
+        raise ImageRefused(
+            "uneven-slices", f"slices lie {lengths.min():g} to {lengths.max():g} mm apart; resample them evenly first"
+        )
+    mean: NDArray[np.float64] = steps.mean(axis=0)
+    return mean

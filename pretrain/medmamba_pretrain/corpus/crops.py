@@ -1,0 +1,99 @@
+"""Crops of the volumes of a store, decompressed where they are read."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .store import Store
+from .volume import Volume
+
+
+@dataclass(frozen=True)
+class Crop:
+    """Where to read.
+
+    Attributes:
+        volume: id.
+        start: first voxel, D, H, W; negative where a volume is smaller than the crop and gets padded.
+    """
+
+    volume: str
+    start: tuple[int, int, int]
+
+
+class CropReader:
+    """Draws and reads boxes of one size from the accepted volumes of a store.
+
+    Drawing is apart from reading, so that what was read can be read again.
+
+    Args:
+        store: folder.
+        size: of the crops, D, H, W.
+        weights: "volume" (each equally often), "patient" (each patient equally often, then each of its volumes),
+            "voxels" (by size), or a number per volume id; an id that is not there has weight 0.
+
+    Attributes:
+        ids: of the volumes, sorted.
+        probabilities: (V,) float64 in the order of ``ids``.
+
+    Raises:
+        ValueError: no volume has a positive weight, or the rule is unknown.
+        CommandError: there is no store in the folder.
+    """
+
+    def __init__(self, store: str | Path, size: Sequence[int], weights: str | Mapping[str, float] = "volume") -> None:
+        self._store = Store(store)
+        self._records = self._store.accepted
+        self.size = tuple(size)
+        self.ids = sorted(self._records)
+        weight = np.array([self._weight(weights, volume) for volume in self.ids], np.float64)
+        if not (weight >= 0).all() or not weight.sum() > 0:
+            raise ValueError(f"no volume of {store} has a positive weight; ingest some, or give other weights")
+        self.probabilities = weight / weight.sum()
+
+    def draw(self, generator: np.random.Generator) -> Crop:
+        """A random volume and a random place in it, uniform over all places where the crop fits."""
+        volume = self.ids[int(generator.choice(len(self.ids), p=self.probabilities))]
+        room = [whole - size for whole, size in zip(self._records[volume].shape, self.size, strict=True)]
+        d, h, w = (int(generator.integers(0, left + 1)) if left > 0 else left // 2 for left in room)
+        return Crop(volume, (d, h, w))
+
+    def read(self, crop: Crop) -> NDArray[np.int16]:
+        """(D, H, W) stored values; beyond the borders of a volume its nearest voxels, repeated.
+
+        Raises:
+            KeyError: the store has no such volume.
+            DamagedVolumeError: the volume's file is missing or damaged.
+        """
+        if crop.volume not in self._records:
+            raise KeyError(f"no volume {crop.volume!r} in {self._store.folder}")
+        volume = Volume(self._store.volume_path(crop.volume))
+        boxes = list(zip(crop.start, self.size, volume.shape, strict=True))
+        low = [min(max(start, 0), whole - 1) for start, _, whole in boxes]
+        high = [max(min(start + size, whole), at + 1) for (start, size, whole), at in zip(boxes, low, strict=True)]
+        inside = volume.crop(low, [end - at for at, end in zip(low, high, strict=True)])
+        margins = [(at - start, start + size - end) for (start, size, _), at, end in zip(boxes, low, high, strict=True)]
+        return np.pad(inside, margins, mode="edge") if any(map(any, margins)) else inside
+
+    def _weight(self, weights: str | Mapping[str, float], volume: str) -> float:
+        if not isinstance(weights, str):
+            return float(weights.get(volume, 0.0))
+        record = self._records[volume]
+        if weights == "volume":
+            return 1.0
+        if weights == "voxels":
+            return float(np.prod(record.shape))
+        if weights == "patient":
+            return 1.0 / self._scans_per_patient[record.patient]
+        raise ValueError(f"weights {weights!r}: known are volume, patient and voxels, or a number per volume")
+
+    @cached_property
+    def _scans_per_patient(self) -> Counter[str]:
+        return Counter(record.patient for record in self._records.values())
