@@ -20,6 +20,8 @@ from .itk import affine_of, from_itk, refusing
 _POSITION, _ORIENTATION, _SPACING = "0020|0032", "0020|0037", "0028|0030"
 _MODALITY, _PATIENT, _IMAGE_TYPE = "0008|0060", "0010|0020", "0008|0008"
 _SAME_STEP = 0.01
+_SUFFIXES = (".dcm", ".ima", ".dicom")
+_SOP_CLASS = b"\x02\x00\x02\x00UI"  # tag and type of the field that says what kind of object a file holds
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,27 @@ def _files_of_the_series(folder: Path) -> Sequence[str]:
     if len(series) > 1:
         raise ImageRefused("several-series", f"{len(series)} series in one folder; give each a folder of its own")
     names: Sequence[str] = SimpleITK.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), series[0])
+    _refuse_damaged_slices(folder, names)
     return names
+
+
+def _refuse_damaged_slices(folder: Path, names: Sequence[str]) -> None:
+    """SimpleITK leaves a slice that it cannot read out of the series: at an end, nothing else would show that."""
+    kind = _sop_class(Path(names[0]))
+    for path in sorted(set(folder.iterdir()) - {Path(name) for name in names}):
+        if not path.is_file() or path.name.startswith("."):
+            continue
+        other = _sop_class(path)
+        # Of another kind are structures, doses, reports: they may lie beside their series.
+        if (other == kind and kind) or (not other and path.name.lower().endswith(_SUFFIXES)):
+            raise ImageRefused("damaged-slice", f"{path.name} cannot be read; copy or download the series again")
+
+
+def _sop_class(path: Path) -> bytes:
+    """What kind of object a DICOM file holds; empty where it does not say so."""
+    with path.open("rb") as stream:
+        _, found, rest = stream.read(1024).partition(_SOP_CLASS)
+    return rest[2 : 2 + int.from_bytes(rest[:2], "little")].rstrip(b"\0") if found else b""
 
 
 def _read_header(path: str) -> _Slice:
