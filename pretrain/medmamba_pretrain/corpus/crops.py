@@ -75,12 +75,15 @@ class CropReader:
         if crop.volume not in self._records:
             raise KeyError(f"no volume {crop.volume!r} in {self._store.folder}")
         volume = Volume(self._store.volume_path(crop.volume))
-        boxes = list(zip(crop.start, self.size, volume.shape, strict=True))
-        low = [min(max(start, 0), whole - 1) for start, _, whole in boxes]
-        high = [max(min(start + size, whole), at + 1) for (start, size, whole), at in zip(boxes, low, strict=True)]
-        inside = volume.crop(low, [end - at for at, end in zip(low, high, strict=True)])
-        margins = [(at - start, start + size - end) for (start, size, _), at, end in zip(boxes, low, high, strict=True)]
-        return np.pad(inside, margins, mode="edge") if any(map(any, margins)) else inside
+        nearest = [
+            np.clip(np.arange(start, start + size), 0, whole - 1)
+            for start, size, whole in zip(crop.start, self.size, volume.shape, strict=True)
+        ]
+        low = [int(places[0]) for places in nearest]
+        inside = volume.crop(low, [int(places[-1]) + 1 - at for places, at in zip(nearest, low, strict=True)])
+        if inside.shape == self.size:
+            return inside
+        return inside[np.ix_(*(places - at for places, at in zip(nearest, low, strict=True)))]
 
     def _weight(self, weights: str | Mapping[str, float], volume: str) -> float:
         if not isinstance(weights, str):
