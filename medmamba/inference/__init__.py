@@ -1,1 +1,1 @@
-"""What happens after the network: scoring segmentations (prediction itself is nnU-Net's)."""
+"""What happens before and after the network: checked reading, and scoring (prediction itself is nnU-Net's)."""

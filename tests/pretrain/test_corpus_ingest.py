@@ -358,9 +358,63 @@ def test_files_and_folders_without_rights_are_rejected_with_that_reason(inputs, 
     monkeypatch.setattr(Path, "open", refuse)
     assert ingest(inputs, "--out", out) == 0
     record = Store(out).records["in/images/b.nii.gz"]
-    assert (record.status, record.code) == ("rejected", "unreadable")
+    assert (record.status, record.code) == ("rejected", "not-opened")
     assert "Permission denied" in record.reason
     assert len(accepted(out)) == 2
+    monkeypatch.undo()
+    assert ingest(inputs, "--out", out) == 0  # rights may change without a change of the file
+    assert len(accepted(out)) == 3
+
+
+def test_a_folder_without_rights_is_rejected_with_that_reason(inputs, out, monkeypatch):
+    closed = inputs / "closed"
+    closed.mkdir()
+    scan = os.scandir
+
+    def refuse(path="."):
+        if Path(path) == closed:
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert ingest(inputs, "--out", out) == 0
+    assert statuses(out)["in/images/closed"] == ("rejected", "not-opened")
+
+
+def test_dicom_is_found_without_suffix_and_a_link_in_a_circle_ends(odd_images, tmp_path, out):
+    folder = tmp_path / "in" / "scans"
+    for k, path in enumerate(sorted((odd_images / "dicom_STS_025_MR_T1").iterdir())):
+        name = "first/IM" if k % 2 else "first/1.2.840."  # both are names that scanners give
+        (folder / "first").mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, folder / f"{name}{k}")
+    (folder / "first" / "notes.txt").write_text("no slice")
+    (folder / "first" / "circle").symlink_to(folder)
+    (folder / ".hidden").mkdir()
+    shutil.copy(odd_images / "anatomical.nii", folder / ".hidden")
+    assert ingest(folder, "--modality", "mr", "--out", out) == 0
+    assert statuses(out) == {"in/scans/first": ("accepted", "")}
+
+
+def test_inputs_may_be_single_files(inputs, odd_images, out):
+    assert ingest(inputs / "a.nii.gz", f"b={inputs / 'b.nii.gz'}", "--out", out) == 0
+    assert accepted(out) == {"images/a.nii.gz", "b"}
+
+
+def test_one_slice_on_the_list_excludes_its_series(odd_images, tmp_path, out):
+    series = odd_images / "dicom_STS_025_MR_T1"
+    (tmp_path / "list.txt").write_text(str(series / "000003.dcm"))
+    assert ingest(series, "--modality", "mr", "--out", out, "--list-exclude", tmp_path / "list.txt") == 0
+    assert list(statuses(out).values()) == [("excluded", "listed")]
+
+
+def test_a_killed_process_ends_the_run_with_the_remedy(inputs, out, monkeypatch, capsys):
+    from medmamba_pretrain.corpus.engine import Engine
+
+    real = Engine.map
+    # Every task of the two processes is to end its process, as the system does when memory is short.
+    monkeypatch.setattr(Engine, "map", lambda self, function, tasks: real(Engine(jobs=2), os._exit, [9, 9]))
+    assert ingest(inputs, "--out", out) == 75
+    assert "fewer --jobs" in capsys.readouterr().err
 
 
 @pytest.fixture

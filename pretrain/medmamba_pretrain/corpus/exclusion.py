@@ -18,8 +18,8 @@ from .patients import hashed
 from .sources import Input, Source, find_sources
 
 _HASH = re.compile(r"[0-9a-f]{32}")
-#: Sources that only the list names, outside of all inputs.
-OUTSIDE = "excluded"
+#: What the keys of sources begin with that only the list names, outside of all inputs.
+OUTSIDE = "excluded:"
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,10 @@ def read_list(path: Path | None, inputs: Sequence[Input], sources: Iterable[Sour
         if line in by_key or inside:
             keys |= inside or {line}
         elif on_disk is not None:
-            for source in find_sources([Input(f"{OUTSIDE}/{on_disk.name}", on_disk)]):
+            found = find_sources([Input(OUTSIDE + on_disk.resolve().as_posix(), on_disk)])
+            if not found:
+                names.add(line)  # reported as an entry that matches nothing
+            for source in found:
                 real = source.path.resolve()
                 if real in by_path:
                     keys.add(by_path[real])

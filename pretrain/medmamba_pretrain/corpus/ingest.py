@@ -20,6 +20,9 @@ from .work import StoreFailedError, Task, work
 
 _log = logging.getLogger(__name__)
 
+#: Reasons that may be gone in the next run although the source is the same.
+_NOT_FINAL = ("memory", "internal", "not-opened")
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -43,10 +46,11 @@ def plan(store: Store, sources: Iterable[Source], exclusion: Exclusion) -> Plan:
     result = Plan()
     patients = exclusion.patients(store.salt)
     everything = [*exclusion.outside, *sources]
+    result.listed.update(source.key for source in exclusion.outside)
     for source in everything:
         known = store.records.get(source.key)
         owner = known.patient if known else patient_of(source.key, store.settings.patients)
-        if source in exclusion.outside or source.key in exclusion.keys or owner in patients:
+        if source.key in exclusion.keys or owner in patients:
             result.listed.add(source.key)
     unwanted = {store.records[key].volume for key in result.listed if key in store.records} | exclusion.hashes
     for source in everything:
@@ -64,7 +68,7 @@ def _is_done(store: Store, source: Source, is_listed: bool, unwanted: Container[
         unwanted: contents that are known to be excluded.
     """
     record = store.records.get(source.key)
-    if record is None or record.stamp != source.stamp or record.code in ("memory", "internal"):
+    if record is None or record.stamp != source.stamp or record.code in _NOT_FINAL:
         return False
     if is_listed or record.code == "listed":
         return is_listed and record.code == "listed"
@@ -73,7 +77,7 @@ def _is_done(store: Store, source: Source, is_listed: bool, unwanted: Container[
     if record.status == "accepted" and record.volume:
         path = store.volume_path(record.volume)
         return path.exists() and path.stat().st_size == record.size_bytes
-    return record.status == "rejected" or record.volume in store.accepted
+    return record.status == "rejected" or store.is_accepted(record.volume)
 
 
 def ingest(
@@ -91,11 +95,12 @@ def ingest(
         CommandError: the store cannot be written, or a process was killed; the same command continues.
     """
     counts: Counter[str] = Counter()
+    patients = exclusion.patients(store.salt)
     for record in _results(store, todo, engine):
-        final = _decided(store, record, exclusion, todo)
+        final = _decided(store, record, exclusion.hashes, lambda r: r.source in todo.listed or r.patient in patients)
         before = store.records.get(final.source)
         _append(store, final)
-        if before is not None and before.status == "accepted" and before.volume not in (None, *store.accepted):
+        if before is not None and before.status == "accepted" and not store.is_accepted(before.volume):
             _without_volume(store, before)  # the source has changed, or is not wanted any more
         counts[final.status] += 1
         on_record(final)
@@ -131,13 +136,10 @@ def _append(store: Store, record: Record) -> None:
         ) from error
 
 
-def _decided(store: Store, record: Record, exclusion: Exclusion, todo: Plan) -> Record:
+def _decided(
+    store: Store, record: Record, hashes: Container[str | None], is_listed: Callable[[Record], bool]
+) -> Record:
     """Accepted, duplicate or excluded."""
-    patients = exclusion.patients(store.salt)
-
-    def is_listed(other: Record) -> bool:
-        return other.source in todo.listed or other.patient in patients
-
     if is_listed(record):
         reason = "on the list of what stays out"
         if record.status == "rejected":
@@ -145,10 +147,10 @@ def _decided(store: Store, record: Record, exclusion: Exclusion, todo: Plan) -> 
         return _without_volume(store, replace(record, status="excluded", code="listed", reason=reason))
     if record.status == "rejected":
         return record
-    if record.volume in exclusion.hashes:
+    if record.volume in hashes:
         reason = "its content is on the list of what stays out"
         return _without_volume(store, replace(record, status="excluded", code="content", reason=reason))
-    twins = [r for r in store.records.values() if r.volume == record.volume and r.source != record.source]
+    twins = [twin for twin in store.with_volume(record.volume) if twin.source != record.source]
     for twin in twins:
         if is_listed(twin):
             return _without_volume(store, _copy_of(record, twin, "excluded"))
@@ -164,8 +166,8 @@ def _copy_of(record: Record, twin: Record, status: Literal["duplicate", "exclude
 
 def _exclude_copies(store: Store, excluded: Record) -> None:
     """Take out what was accepted from the same content, in this run or an earlier one."""
-    for record in list(store.records.values()):
-        if record.volume == excluded.volume is not None and record.status in ("accepted", "duplicate"):
+    for record in store.with_volume(excluded.volume):
+        if record.status in ("accepted", "duplicate"):
             _append(store, _without_volume(store, _copy_of(record, excluded, "excluded")))
             _log.warning("%s taken out: same content as %s", record.source, excluded.source)
 

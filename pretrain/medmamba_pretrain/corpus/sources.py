@@ -97,8 +97,7 @@ def find_sources(inputs: Iterable[Input], but_not: Path | None = None) -> list[S
 
 def _walk(item: Input, but_not: Path | None) -> Iterator[Source]:
     if item.path.is_file():
-        kind: Kind = "file" if item.path.name.lower().endswith(READABLE_SUFFIXES) else "unreadable"
-        yield Source(f"{item.label}", item.path, kind)
+        yield from _of_file(item)
         return
     closed: list[OSError] = []
     visited: set[Path] = set()
@@ -113,6 +112,16 @@ def _walk(item: Input, but_not: Path | None) -> Iterator[Source]:
         yield from _of_folder(item, folder, sorted(name for name in names if not name.startswith(".")))
     for error in closed:
         yield Source(_key(item, Path(error.filename)), Path(error.filename), "unreadable")
+
+
+def _of_file(item: Input) -> Iterator[Source]:
+    """The source that a single file stands for; a slice stands for its series."""
+    if item.path.name.lower().endswith(READABLE_SUFFIXES):
+        yield Source(item.label, item.path, "file")
+    elif _is_dicom(item.path):
+        yield Source(item.label, item.path.parent, "dicom")
+    else:
+        yield Source(item.label, item.path, "unreadable")
 
 
 def _of_folder(item: Input, folder: Path, names: list[str]) -> Iterator[Source]:

@@ -62,6 +62,7 @@ class Store:
         self.settings = Settings.from_json(header["settings"])
         self._salt = bytes.fromhex(header["salt"])
         self.records: dict[str, Record] = {}
+        self._of_volume: dict[str, set[str]] = {}
         self.torn = int(bool(lines[-1]))  # a complete manifest ends with a line's end
         for line in lines[1:-1]:
             content = _parsed(line)
@@ -70,7 +71,7 @@ class Store:
             except TypeError:
                 self.torn += 1
             else:
-                self.records[record.source] = record
+                self._keep(record)
 
     @classmethod
     def create(cls, folder: str | Path, settings: Settings) -> Store:
@@ -112,6 +113,14 @@ class Store:
         """The volumes of the corpus, by id."""
         return {r.volume: r for r in self.records.values() if r.status == "accepted" and r.volume}
 
+    def with_volume(self, volume_id: str | None) -> list[Record]:
+        """The records with this content, whatever their status, by source."""
+        return [self.records[source] for source in sorted(self._of_volume.get(volume_id or "", ()))]
+
+    def is_accepted(self, volume_id: str | None) -> bool:
+        """Whether a volume of the corpus has this content."""
+        return any(record.status == "accepted" for record in self.with_volume(volume_id))
+
     def volume_path(self, volume_id: str) -> Path:
         return volume_path(self.folder, volume_id)
 
@@ -146,6 +155,14 @@ class Store:
             stream.write(line)
             stream.flush()
             os.fsync(stream.fileno())
+        self._keep(record)
+
+    def _keep(self, record: Record) -> None:
+        before = self.records.get(record.source)
+        if before is not None and before.volume:
+            self._of_volume[before.volume].discard(record.source)
+        if record.volume:
+            self._of_volume.setdefault(record.volume, set()).add(record.source)
         self.records[record.source] = record
 
     def _rewrite(self) -> None:

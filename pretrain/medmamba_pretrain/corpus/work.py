@@ -66,7 +66,7 @@ def work(task: Task) -> Record:
     except ImageRefused as refusal:
         return _with(plain, code=refusal.code, reason=refusal.text)
     except OSError as error:
-        return _with(plain, code="unreadable", reason=f"it cannot be opened ({error.strerror or error}); check rights")
+        return _with(plain, code="not-opened", reason=f"it cannot be opened ({error.strerror or error}); check rights")
     except MemoryError:
         return _with(plain, code="memory", reason="the memory does not suffice to read it; use fewer --jobs")
     except Exception as error:  # a bug of ours or of a library: one image must not end the run
@@ -109,7 +109,7 @@ def _with(record: Record, **changes: Any) -> Record:
 
 def _refuse_unreadable(path: Path) -> None:
     if path.is_dir():
-        raise ImageRefused("unreadable", "the folder cannot be opened; check its rights")
+        raise ImageRefused("not-opened", "the folder cannot be opened; check its rights")
     raise ImageRefused(
         "format", f"{''.join(path.suffixes[-2:]) or path.name} is not read; convert or unpack to .nii.gz, .mha or .nrrd"
     )
