@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import locale
 import shutil
 import zlib
 from collections.abc import Callable
@@ -289,13 +290,20 @@ def empty(folder: Path) -> None:
         path.write_bytes(b"")
 
 
+def write_slice(path: Path, image: SimpleITK.Image) -> None:
+    """Write DICOM with the tags of the image, and undo what the writer does to the process: its locale becomes C."""
+    before = locale.setlocale(locale.LC_CTYPE)
+    writer = SimpleITK.ImageFileWriter()
+    writer.KeepOriginalImageUIDOn()
+    writer.SetFileName(str(path))
+    writer.Execute(image)
+    locale.setlocale(locale.LC_CTYPE, before)
+
+
 def add_a_series(folder: Path) -> None:
     image = SimpleITK.ReadImage(str(folder / "000011.dcm"))
     image.SetMetaData("0020|000e", "1.2.3.4")
-    writer = SimpleITK.ImageFileWriter()
-    writer.KeepOriginalImageUIDOn()
-    writer.SetFileName(str(folder / "other.dcm"))
-    writer.Execute(image)
+    write_slice(folder / "other.dcm", image)
 
 
 @pytest.mark.parametrize(
@@ -340,8 +348,5 @@ def test_a_tilted_gantry_is_a_sheared_grid(odd_images, tmp_path):
         x, y, z = map(float, image.GetMetaData("0020|0032").split("\\"))
         image.SetMetaData("0020|0032", f"{x}\\{y + z * 0.2}\\{z}")
         image.SetOrigin((x, y + z * 0.2, z))
-        writer = SimpleITK.ImageFileWriter()
-        writer.KeepOriginalImageUIDOn()
-        writer.SetFileName(str(folder / f"{k}.dcm"))
-        writer.Execute(image)
+        write_slice(folder / f"{k}.dcm", image)
     assert read_image(folder).shear == pytest.approx(np.sin(np.arctan(0.2)), abs=1e-3)
