@@ -21,7 +21,7 @@ import torch
 from medmamba_kernels.backends import native
 
 CHECKOUT = Path(__file__).resolve().parents[1]
-SOURCES = ("pyproject.toml", "README.md", "LICENSE", "CMakeLists.txt", "medmamba", "kernels", "plans")
+SOURCES = ("pyproject.toml", "README.md", "LICENSE", "CMakeLists.txt", "medmamba", "kernels", "plans", "pretrain")
 
 
 @pytest.fixture(scope="module")

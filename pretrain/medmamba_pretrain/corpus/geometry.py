@@ -110,7 +110,7 @@ class Resampling:
 def resampled_slices(values: NDArray[Any], axes: Sequence[Resampling]) -> Iterator[NDArray[np.float32]]:
     """Linear interpolation, one (H, W) slice after the other; working slice by slice stays in the cache.
 
-    Measured on one core for 512 x 512 x 300 from 0.8 to 1.5 mm in plane: 0.12 s, SimpleITK 0.34 s, torch 0.28 s.
+    Measured on one core for 512 x 512 x 300 from 0.8 to 1.5 mm in plane: 0.12 s, SimpleITK 0.34 s.
     """
     depth, height, width = axes
     cached: dict[int, NDArray[np.float32]] = {}
