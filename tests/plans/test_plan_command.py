@@ -148,7 +148,7 @@ def test_a_file_of_that_name_that_is_not_ours_stays(content, dataset, assert_ref
 
 
 def test_a_folder_that_cannot_be_written_is_named(dataset, monkeypatch, assert_refused):
-    from medmamba.nnunet import files
+    from medmamba import files
 
     def refuse(*arguments, **options):
         raise PermissionError(13, "Permission denied")
