@@ -115,11 +115,7 @@ def _plans_of(
 ) -> tuple[dict[str, Any], Mapping[str, Any] | None, str | None]:
     """Plans, dataset.json if there is one, and the configuration to take if none is named."""
     if wish.plans is not None:
-        plans = folders.read_json(wish.plans)
-        if not isinstance(plans, dict) or "configurations" not in plans:
-            raise CommandError(f"{wish.plans} is not a plans file: it has no configurations; give a file of nnU-Net")
-        beside = wish.plans.parent / "dataset.json"
-        return plans, folders.read_json(beside) if beside.is_file() else None, None
+        return folders.read_plans_file(wish.plans), folders.read_dataset_json_beside(wish.plans), None
     if checkpoint is not None and "plans" in checkpoint.init_args:
         arguments = checkpoint.init_args
         return arguments["plans"], arguments.get("dataset_json"), arguments.get("configuration")

@@ -99,10 +99,32 @@ def read_plans(dataset_folder: Path, plans_name: str) -> dict[str, Any]:
         plan_first = "plan it first, with nnUNetv2_plan_and_preprocess and then `medmamba plan`"
         remedy = f"there are {', '.join(known)}" if known else plan_first
         raise CommandError(f"no plans {plans_name} in {dataset_folder}; {remedy}")
+    return read_plans_file(path)
+
+
+def read_plans_file(path: Path) -> dict[str, Any]:
+    """Read a plans file, wherever it lies.
+
+    Raises:
+        CommandError: it is missing or cannot be read, or it is no plans file.
+    """
     plans = read_json(path)
     if not isinstance(plans, dict) or "configurations" not in plans:
-        raise CommandError(f"{path} is not a plans file: it has no configurations; plan the dataset again")
+        raise CommandError(
+            f"{path} is not a plans file: it has no configurations; plan the dataset again, or give a file of nnU-Net "
+            "or `medmamba plan`"
+        )
     return plans
+
+
+def read_dataset_json_beside(plans: Path) -> dict[str, Any] | None:
+    """The dataset.json in the folder of a plans file, or None if there is none.
+
+    Raises:
+        CommandError: it cannot be read.
+    """
+    path = plans.parent / "dataset.json"
+    return read_json(path) if path.is_file() else None
 
 
 def configuration_of(plans: Mapping[str, Any], name: str) -> dict[str, Any]:

@@ -66,18 +66,13 @@ def _plans_of(wish: Import) -> tuple[dict[str, Any], Mapping[str, Any] | None]:
     """Plans, and dataset.json if it lies beside them."""
     if wish.dataset is not None:
         preprocessed = folders.folder("nnUNet_preprocessed")
-        folder = preprocessed / folders.find_dataset(wish.dataset, [preprocessed])
-        plans = folders.read_plans(folder, wish.plans or "nnUNetPlans")
-    else:
-        path = Path(wish.plans or "")
-        if path.suffix != ".json":
-            raise CommandError("name a dataset and its plans, -d 4 -p PLANS, or give a plans file, -p FILE.json")
-        folder = path.parent
-        plans = folders.read_json(path)
-        if not isinstance(plans, dict) or "configurations" not in plans:
-            raise CommandError(f"{path} is not a plans file: it has no configurations; give a file of `medmamba plan`")
-    beside = folder / "dataset.json"
-    return plans, folders.read_json(beside) if beside.is_file() else None
+        name = wish.plans or "nnUNetPlans"
+        path = preprocessed / folders.find_dataset(wish.dataset, [preprocessed]) / f"{name}.json"
+        return folders.read_plans(path.parent, name), folders.read_dataset_json_beside(path)
+    path = Path(wish.plans or "")
+    if path.suffix != ".json":
+        raise CommandError("name a dataset and its plans, -d 4 -p PLANS, or give a plans file, -p FILE.json")
+    return folders.read_plans_file(path), folders.read_dataset_json_beside(path)
 
 
 def _network(
