@@ -169,11 +169,18 @@ def _argument(text: str) -> tuple[str, Any]:
         return name, value
 
 
+def _why_no_raw(dataset: str, raw: Path | None) -> str | None:
+    """Why the raw dataset cannot be read; None if it can."""
+    if raw is None:
+        return "nnUNet_raw is not set or not a folder"
+    return None if (raw / dataset / "dataset.json").is_file() else f"{raw / dataset} has no dataset.json"
+
+
 def _create_stock_plans(dataset: str, raw: Path | None, num_processes: int) -> None:
     from medmamba_plans.stock import plan_with_nnunet
 
-    if raw is None or not (raw / dataset / "dataset.json").is_file():
-        where = "nnUNet_raw is not set or not a folder" if raw is None else f"{raw / dataset} has no dataset.json"
+    where = _why_no_raw(dataset, raw)
+    if where:
         raise CommandError(
             f"{dataset} has no {STOCK_PLANS} and no raw data to plan from ({where}); export nnUNet_raw, or run "
             f"`nnUNetv2_plan_and_preprocess -d {int(dataset[7:10])}` where the data are"
@@ -190,8 +197,8 @@ def _plan_for_budget(
     from medmamba_plans.planner import plan_for_budget
     from medmamba_plans.stock import extract_fingerprint
 
-    if raw is None or not (raw / dataset / "dataset.json").is_file():
-        where = "nnUNet_raw is not set or not a folder" if raw is None else f"{raw / dataset} has no dataset.json"
+    where = _why_no_raw(dataset, raw)
+    if where:
         raise CommandError(
             f"nnU-Net plans patch and batch from the raw dataset ({where}); export nnUNet_raw, or leave --preset and "
             "--gpu-gb out"
@@ -264,9 +271,9 @@ def _predicted_gb(plans: dict[str, Any], target: Path) -> dict[str, float]:
     from medmamba.nnunet import folders
     from medmamba_plans.planner import predicted_peak
 
-    if not (target / "dataset.json").is_file():
+    dataset_json = folders.read_dataset_json_beside(target / f"{plans['plans_name']}.json")
+    if dataset_json is None:
         return {}
-    dataset_json = folders.read_json(target / "dataset.json")
     return {name: predicted_peak(plans, name, dataset_json) / GB for name in plans["configurations"]}
 
 
