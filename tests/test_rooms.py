@@ -57,7 +57,9 @@ ROOMS: dict[str, Room] = {
     "medmamba.layers": Room(("medmamba_kernels",), TORCH),
     "medmamba.mixers": Room(("medmamba_kernels", "medmamba.layers"), TORCH),
     "medmamba.networks": Room(("medmamba_kernels", "medmamba.layers", "medmamba.mixers"), TORCH),
-    "medmamba.weights": Room(("medmamba_kernels", *NETWORK_ROOMS), TORCH, lazy=frozenset({"safetensors"})),
+    "medmamba.weights": Room(
+        ("medmamba_kernels", *NETWORK_ROOMS, "medmamba.files"), TORCH, lazy=frozenset({"safetensors"})
+    ),
     "medmamba.inference": Room(LOWER, TORCH | ARRAYS, lazy=IO_LIBRARIES | {"monai"}),
     # Also read by the corpora of pretraining; a process that only reads images does not import torch.
     "medmamba.inference.reading": Room(third_party=IO_LIBRARIES | {"numpy"}),

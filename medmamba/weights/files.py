@@ -79,7 +79,7 @@ def _read_pickle(path: Path) -> Any:
             "dict alone with torch.save or as safetensors"
         ) from error
     except (OSError, RuntimeError, EOFError, ValueError) as error:
-        raise WeightsError(f"{path} cannot be read as weights ({_first_line(error)}); download it again") from error
+        raise WeightsError(f"{path} cannot be read as weights ({first_line(error)}); download it again") from error
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -89,7 +89,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise WeightsError(f"{path} cannot be read as safetensors ({_first_line(error)}); download it again") from error
+        raise WeightsError(f"{path} cannot be read as safetensors ({first_line(error)}); download it again") from error
 
 
 def _listed(content: Mapping[Any, Any]) -> str:
@@ -97,5 +97,6 @@ def _listed(content: Mapping[Any, Any]) -> str:
     return ", ".join([*names[:8], *(["..."] if len(names) > 8 else [])]) or "(none)"
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
+    """First line of what an error says, or its name."""
     return str(error).strip().partition("\n")[0] or type(error).__name__
