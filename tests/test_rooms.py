@@ -70,8 +70,13 @@ ROOMS: dict[str, Room] = {
     ),
     # Imported by `medmamba collect` when it runs.
     "medmamba_plans.results": Room((*LOWER, "medmamba.nnunet"), frozenset({"numpy"}), lazy=TORCH | {"scipy"}),
-    "medmamba_pretrain": Room(("medmamba_kernels", *NETWORK_ROOMS), TORCH),
-    "medmamba_pretrain.commands": Room(("medmamba.command", "medmamba_pretrain.corpus")),
+    "medmamba_pretrain": Room(("medmamba_kernels", *NETWORK_ROOMS, "medmamba_pretrain.recipe"), TORCH),
+    "medmamba_pretrain.recipe": Room(("medmamba.command", "medmamba.networks", "medmamba_pretrain")),
+    "medmamba_pretrain.commands": Room(("medmamba.command", "medmamba_pretrain.corpus", "medmamba_pretrain.loop")),
+    "medmamba_pretrain.__main__": Room(("medmamba.cli",)),
+    "medmamba_pretrain.loop": Room(
+        (*LOWER, "medmamba_pretrain", "medmamba_pretrain.corpus", "medmamba_pretrain.recipe"), TORCH | {"numpy"}
+    ),
     "medmamba_pretrain.corpus": Room(
         ("medmamba.command", "medmamba.files", "medmamba.inference.reading"),
         ARRAYS | {"blosc2", "joblib", "nibabel"},

@@ -6,9 +6,10 @@ import argparse
 
 from medmamba.command import Command
 from medmamba_pretrain.corpus.commands import CORPUS, INGEST
+from medmamba_pretrain.loop.commands import RUN
 
 #: ``medmamba pretrain NAME``, in the order of their use.
-ACTIONS = {"ingest": INGEST, "corpus": CORPUS}
+ACTIONS = {"ingest": INGEST, "corpus": CORPUS, "run": RUN}
 
 
 def _configure(parser: argparse.ArgumentParser) -> None:

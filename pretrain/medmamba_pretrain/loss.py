@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .masking import unit_grid
+from .masking import mask_at, unit_grid
 
 #: Added to the variance of a unit, as published: a unit of air is all zeros, not noise of unit variance.
 EPSILON = 1e-6
@@ -34,6 +34,16 @@ def split_units(x: Tensor, units: Sequence[int]) -> Tensor:
     return split.flatten(2 + len(units))
 
 
+def join_units(voxels: Tensor, spatial: Sequence[int]) -> Tensor:
+    """(B, *units, C, V) -> (B, C, *spatial): the inverse of :func:`split_units`."""
+    units = voxels.shape[1:-2]
+    inside = [size // n for size, n in zip(spatial, units, strict=True)]
+    split = voxels.unflatten(-1, inside)
+    axes = range(len(units))
+    order = (1 + i if part == 0 else 2 + len(units) + i for i in axes for part in (0, 1))
+    return split.permute(0, 1 + len(units), *order).reshape(len(voxels), voxels.shape[-2], *spatial)
+
+
 def normalised_units(image: Tensor, units: Sequence[int]) -> Tensor:
     """The target: every unit and channel minus its mean, over sqrt(unbiased variance + 1e-6).
 
@@ -50,6 +60,34 @@ def normalised_units(image: Tensor, units: Sequence[int]) -> Tensor:
     Raises:
         ValueError: an image that is not a multiple of the units, or units of a single voxel, which have no variance.
     """
+    centred, deviation, _ = _standardised(image, units)
+    return centred / deviation
+
+
+def restored(prediction: Tensor, image: Tensor, visible: Tensor, target: Tensor) -> Tensor:
+    """An image to look at: visible units as they are, target units as predicted, 0 elsewhere.
+
+    Predicted units get the mean and standard deviation of the true ones, which a network that predicts normalised units
+    does not know.
+
+    Args:
+        prediction: (B, C, *spatial), of the normalised units.
+        image: (B, C, *spatial).
+        visible: (B, *units) bool.
+        target: (B, *units) bool.
+
+    Returns:
+        like ``image``.
+    """
+    units = visible.shape[1:]
+    _, deviation, mean = _standardised(image, units)
+    predicted = join_units(split_units(prediction, units) * deviation + mean, image.shape[2:]).to(image.dtype)
+    where = [mask_at(mask.to(image.device), image.shape[2:]).unsqueeze(1) for mask in (visible, target)]
+    return torch.where(where[0], image, torch.where(where[1], predicted, 0))
+
+
+def _standardised(image: Tensor, units: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Units minus their mean, their standard deviation, and their mean: (B, *units, C, V or 1)."""
     voxels = split_units(image.to(torch.promote_types(image.dtype, torch.float32)), units)
     if voxels.shape[-1] < 2:
         raise ValueError(
@@ -57,10 +95,12 @@ def normalised_units(image: Tensor, units: Sequence[int]) -> Tensor:
             "use units of several voxels"
         )
     # A constant unit is exactly 0 from here on; against its rounded mean it could be off by more than EPSILON hides.
-    voxels = voxels - voxels[..., :1]
-    centred = voxels - voxels.mean(-1, keepdim=True)
+    first = voxels[..., :1]
+    voxels = voxels - first
+    mean = voxels.mean(-1, keepdim=True)
+    centred = voxels - mean
     variance = centred.square().sum(-1, keepdim=True) / (voxels.shape[-1] - 1)
-    return centred / torch.sqrt(variance + EPSILON)
+    return centred, torch.sqrt(variance + EPSILON), first + mean
 
 
 def reconstruction_loss(

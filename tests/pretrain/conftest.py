@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import nibabel
 import numpy as np
 import pytest
+
+from medmamba import cli
+from medmamba_pretrain.recipe import Recipe
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 ODD_IMAGES = CHECKOUT / "tests" / "data" / "odd_images"
@@ -57,3 +62,58 @@ def write_ct(affine: np.ndarray) -> WriteCT:
         return path
 
     return write
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Path]:
+    """A file system of 256 KiB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("a small file system cannot be mounted here: no right to")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Path:
+    """A store of five CTs of five patients, 2.5 x 2 x 2 mm."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for seed in range(5):
+        image = nibabel.Nifti1Image(body_hu(seed, (30, 28, 24)), np.diag([2.0, 2.0, 2.5, 1.0]))
+        image.header.set_xyzt_units("mm")
+        (folder / "in").mkdir(exist_ok=True)
+        nibabel.save(image, folder / "in" / f"{seed}.nii.gz")
+    out = folder / "store"
+    command = ["pretrain", "ingest", str(folder / "in"), "--out", str(out), "--spacing", "2.5", "2", "2", "--jobs", "1"]
+    assert cli.main(command) == 0
+    return out
+
+
+@pytest.fixture(scope="session")
+def recipe_of() -> Callable[..., Recipe]:
+    """Makes a recipe for a run of seconds, with some entries changed: 4 x 4 x 4 units, a few thousand parameters."""
+
+    def make(**changes: Any) -> Recipe:
+        content = {
+            "network": "vmunet",
+            "arguments": {
+                "strides": [[1, 1, 1], [2, 2, 2], [2, 2, 2]],
+                "base_features": 4,
+                "depths": 1,
+                "d_state": 2,
+                "routes": ["dhw", "dhw:reverse"],
+            },
+            "patch_size": [16, 16, 16],
+            "batch_size": 4,
+            "steps": 6,
+            "lr": 1e-3,
+            "warmup_steps": 2,
+            "validation_patients": 1,
+            "validate_every": 4,
+            "save_every": 2,
+        }
+        return Recipe.from_dict({**content, **changes})
+
+    return make

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import nibabel
@@ -415,18 +414,6 @@ def test_a_killed_process_ends_the_run_with_the_remedy(inputs, out, monkeypatch,
     monkeypatch.setattr(Engine, "map", lambda self, function, tasks: real(Engine(jobs=2), os._exit, [9, 9]))
     assert ingest(inputs, "--out", out) == 75
     assert "fewer --jobs" in capsys.readouterr().err
-
-
-@pytest.fixture
-def small_disk(tmp_path) -> Iterator[Path]:
-    """A file system of 256 KiB."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("a small file system cannot be mounted here: no right to")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
 
 
 def test_a_full_disk_stops_the_run_and_more_room_lets_it_end(small_disk, tmp_path, write_ct, capsys):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from .record import Record
 from .store import Store
 from .volume import Volume
 
@@ -34,10 +35,11 @@ class CropReader:
     Drawing is apart from reading, so that what was read can be read again.
 
     Args:
-        store: folder.
+        store: the store or its folder.
         size: of the crops, D, H, W.
         weights: "volume" (each equally often), "patient" (each patient equally often, then each of its volumes),
             "voxels" (by size), or a number per volume id; an id that is not there has weight 0.
+        without: ids of volumes that are never drawn; they can be read.
 
     Attributes:
         ids: of the volumes, sorted.
@@ -48,19 +50,39 @@ class CropReader:
         CommandError: there is no store in the folder.
     """
 
-    def __init__(self, store: str | Path, size: Sequence[int], weights: str | Mapping[str, float] = "volume") -> None:
-        self._store = Store(store)
+    def __init__(
+        self,
+        store: Store | str | Path,
+        size: Sequence[int],
+        weights: str | Mapping[str, float] = "volume",
+        *,
+        without: Collection[str] = (),
+    ) -> None:
+        self._store = store if isinstance(store, Store) else Store(store)
         self._records = self._store.accepted
         self.size = tuple(size)
         self.ids = sorted(self._records)
-        weight = np.array([self._weight(weights, volume) for volume in self.ids], np.float64)
+        hidden = frozenset(without)
+        weight = np.array([0.0 if v in hidden else self._weight(weights, v) for v in self.ids], np.float64)
         if not (weight >= 0).all() or not weight.sum() > 0:
-            raise ValueError(f"no volume of {store} has a positive weight; ingest some, or give other weights")
+            folder = self._store.folder
+            raise ValueError(f"no volume of {folder} has a positive weight; ingest some, or give other weights")
         self.probabilities = weight / weight.sum()
+
+    def record(self, volume: str) -> Record:
+        """What the manifest says about a volume.
+
+        Raises:
+            KeyError: the store has no such volume.
+        """
+        return self._records[volume]
 
     def draw(self, generator: np.random.Generator) -> Crop:
         """A random volume and a random place in it, uniform over all places where the crop fits."""
-        volume = self.ids[int(generator.choice(len(self.ids), p=self.probabilities))]
+        return self.place(self.ids[int(generator.choice(len(self.ids), p=self.probabilities))], generator)
+
+    def place(self, volume: str, generator: np.random.Generator) -> Crop:
+        """A random place in a volume, uniform over all places where the crop fits."""
         room = [whole - size for whole, size in zip(self._records[volume].shape, self.size, strict=True)]
         d, h, w = (int(generator.integers(0, left + 1)) if left > 0 else left // 2 for left in room)
         return Crop(volume, (d, h, w))

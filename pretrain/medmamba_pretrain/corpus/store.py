@@ -7,6 +7,7 @@ is dropped when the store is opened for writing, and volumes get their name only
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -112,6 +113,12 @@ class Store:
     def accepted(self) -> dict[str, Record]:
         """The volumes of the corpus, by id."""
         return {r.volume: r for r in self.records.values() if r.status == "accepted" and r.volume}
+
+    @property
+    def digest(self) -> str:
+        """32 hexadecimal digits of settings and accepted volumes: equal for stores that hold the same."""
+        text = json.dumps([self.settings.as_json(), sorted(self.accepted)], sort_keys=True)
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
     def with_volume(self, volume_id: str | None) -> list[Record]:
         """The records with this content, whatever their status, by source."""
