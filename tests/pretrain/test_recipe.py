@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import json
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +12,8 @@ from medmamba.command import CommandError
 from medmamba_pretrain.loop.schedule import learning_rate
 from medmamba_pretrain.recipe import RECIPES, Recipe, read_recipe
 
+CHECKOUT = Path(__file__).resolve().parents[2]
+VOLUMES = (100, 6_814, 100_000)
 MINIMAL = """
 network = "vmunet"
 patch_size = [16, 16, 16]
@@ -29,6 +33,23 @@ def file(tmp_path):
 def test_a_recipe_survives_json_as_a_checkpoint_holds_it(name):
     recipe = read_recipe(name)
     assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES.glob("*.toml")))
+def test_a_recipe_says_what_it_costs(name):
+    """As `pretrain/results/recipes.py` has measured and derived it."""
+    with (CHECKOUT / "pretrain" / "results" / "recipes.csv").open() as file:
+        (row,) = (row for row in csv.DictReader(file) if row["recipe"] == name)
+    disk, ingest = (" / ".join(row[f"{what}_{n}"] for n in VOLUMES) for what in ("disk_gib", "ingest_core_h"))
+    training = (
+        f"{row['training_cpu_h']} hours on one core"
+        if row["training_cpu_h"]
+        else f"{row['training_gpu_h_fast']} to {row['training_gpu_h_slow']} hours on one GPU of 60 to 150 TFLOP/s "
+        "(assumed, not measured)"
+    )
+    text = (RECIPES / f"{name}.toml").read_text()
+    assert f"# Corpus of 100 / 6,814 / 100,000 volumes: {disk} GiB, {ingest} core-hours to ingest." in text
+    assert f"# Training: {training}." in text
 
 
 def test_an_entry_is_changed_from_the_command_line(file):

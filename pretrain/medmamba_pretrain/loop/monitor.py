@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from .validation import Outcome
 
 _log = logging.getLogger(__name__)
 
@@ -73,22 +75,14 @@ class Monitor:
         )
         self._since, self._crops, self._waited = time.monotonic(), 0, 0.0
 
-    def validation(self, step: int, loss: float, image: Tensor, visible: Tensor, predicted: Sequence[Tensor]) -> None:
-        """One validation.
-
-        Args:
-            step: number of steps that were made.
-            loss: over all validation crops.
-            image: (B, C, *spatial), normalised.
-            visible: (B, C or 1, *spatial) bool.
-            predicted: (C, *spatial) each.
-        """
-        self._writer.add_scalar("validation/loss", loss, step)
-        for i, picture in enumerate(predicted[:_PICTURES]):
-            drawn = picture_of(image[i, 0], visible[i, 0], picture[0])
-            self._writer.add_image(f"validation/crop_{i}", drawn, step)
+    def validation(self, step: int, outcome: Outcome) -> None:
+        """What a validation after ``step`` steps has found."""
+        self._writer.add_scalar("validation/loss", outcome.loss, step)
+        for i in range(min(_PICTURES, len(outcome.image))):
+            picture = picture_of(outcome.image[i, 0], outcome.visible[i, 0], outcome.predicted[i, 0])
+            self._writer.add_image(f"validation/crop_{i}", picture, step)
         self._writer.flush()
-        _log.info("step %d/%d  validation loss %.4f", step, self._steps, loss)
+        _log.info("step %d/%d  validation loss %.4f", step, self._steps, outcome.loss)
 
 
 def picture_of(image: Tensor, visible: Tensor, predicted: Tensor) -> Tensor:

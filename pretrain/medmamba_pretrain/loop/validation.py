@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from medmamba.command import CommandError
 from medmamba_pretrain.corpus.crops import CropReader
 from medmamba_pretrain.corpus.store import Store
 from medmamba_pretrain.loss import restored
+from medmamba_pretrain.masking import mask_at
 from medmamba_pretrain.model import Pretraining
 from medmamba_pretrain.recipe import Recipe
 
@@ -42,6 +44,22 @@ def held_out(store: Store, patients: int) -> list[str]:
 
 def _hash(name: str) -> str:
     return hashlib.blake2b(name.encode(), digest_size=16).hexdigest()
+
+
+class Outcome(NamedTuple):
+    """Of one validation; everything on the CPU.
+
+    Attributes:
+        loss: mean squared error of the normalised target units.
+        image: (B, C, *spatial), normalised.
+        visible: (B, 1, *spatial) bool.
+        predicted: (B, C, *spatial), the image with its target units as predicted and all other masked units 0.
+    """
+
+    loss: float
+    image: Tensor
+    visible: Tensor
+    predicted: Tensor
 
 
 class Validation:
@@ -78,13 +96,8 @@ class Validation:
         return crop_of(reader, recipe, units, generator, volume=volume)
 
     @torch.no_grad()
-    def run(self, model: Pretraining) -> tuple[float, list[Tensor]]:
-        """Loss over all target units, and the predictions.
-
-        Returns:
-            the mean squared error of normalised units, and per crop (C, *spatial) float32 on the CPU: the image with
-            its target units as predicted and all other masked units 0.
-        """
+    def run(self, model: Pretraining) -> Outcome:
+        """Predict what is hidden of every crop."""
         was_training = model.training
         model.eval()
         count, loss, pictures = int(self.target.sum()), 0.0, []
@@ -94,6 +107,7 @@ class Validation:
             with self._precision.autocast():
                 prediction = model.predict(image, visible)
             loss += float(model.loss(prediction, image, target, count))
-            pictures.append(restored(prediction, image, visible, target)[0].cpu())
+            pictures.append(restored(prediction, image, visible, target).cpu())
         model.train(was_training)
-        return loss, pictures
+        seen = mask_at(self.visible, self.image.shape[2:]).unsqueeze(1)
+        return Outcome(loss, self.image, seen, torch.cat(pictures))
