@@ -8,6 +8,7 @@ from math import prod
 from pydoc import locate
 from typing import Any
 
+import torch
 from torch import nn
 
 from medmamba.networks import NETWORKS, get_spec
@@ -86,6 +87,13 @@ def build_network(block: Mapping[str, Any], input_channels: int, num_classes: in
         input_channels=input_channels, num_classes=num_classes, **arguments, deep_supervision=True
     )
     return network
+
+
+def initial_network(block: Mapping[str, Any], input_channels: int, num_classes: int, seed: int) -> nn.Module:
+    """As :func:`build_network`, with initial values drawn from a seed; torch's random state stays as it is."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return build_network(block, input_channels, num_classes)
 
 
 def network_ends(

@@ -13,7 +13,7 @@ from torch import nn
 from medmamba.command import CommandError
 from medmamba.files import write_atomically
 from medmamba.nnunet import folders
-from medmamba.nnunet.architecture import ArchitectureError, build_network, network_ends, network_of
+from medmamba.nnunet.architecture import ArchitectureError, initial_network, network_ends, network_of
 from medmamba.weights import Report, WeightsError, load_published, read_checkpoint
 
 _SEED = 0
@@ -86,9 +86,7 @@ def _network(
                 "`medmamba plan --network vmunet --geometry faithful`"
             )
         channels, classes = _ends(wish, plans, configuration, dataset_json)
-        with torch.random.fork_rng():
-            torch.manual_seed(_SEED)
-            return build_network(block, channels, classes)
+        return initial_network(block, channels, classes, _SEED)
     except ArchitectureError as error:
         raise CommandError(str(error)) from error
 
