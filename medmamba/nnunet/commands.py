@@ -1,4 +1,4 @@
-"""The commands ``env``, ``run``, ``train``, ``predict``, ``import-weights`` and ``doctor``.
+"""The commands ``env``, ``run``, ``train``, ``predict``, ``import-weights``, ``encoder`` and ``doctor``.
 
 Light; the work is imported when they run.
 """
@@ -9,7 +9,7 @@ import argparse
 import shlex
 from pathlib import Path
 
-from medmamba.command import Command
+from medmamba.command import Command, CommandError
 from medmamba.nnunet.names import EXT_TRAINER, TRAINER_NAMES_IN_WORDS, ext_trainer_value
 
 
@@ -89,6 +89,33 @@ def _import(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _configure_encoder(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, metavar="FILE", help="encoder.safetensors of `medmamba pretrain run`")
+    parser.add_argument(
+        "--nnssl",
+        type=Path,
+        metavar="OUT",
+        help="write the encoder as a .pth with the block that the tools of nnssl read as well",
+    )
+
+
+def _encoder(arguments: argparse.Namespace) -> int:
+    from medmamba.nnunet.describe_encoder import describe_encoder
+    from medmamba.weights import WeightsError, read_encoder, write_nnssl_checkpoint
+
+    try:
+        description, tensors = read_encoder(arguments.file)
+        print(describe_encoder(description, tensors))
+        if arguments.nnssl is not None:
+            write_nnssl_checkpoint(arguments.nnssl, arguments.file)
+            print(f"wrote {arguments.nnssl}")
+    except WeightsError as error:
+        raise CommandError(str(error)) from error
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        raise CommandError(f"{arguments.nnssl} cannot be written ({error}); choose another --nnssl") from error
+    return 0
+
+
 def _doctor(arguments: argparse.Namespace) -> int:
     from medmamba.nnunet.doctor import examine, heading, line, summary
 
@@ -128,6 +155,11 @@ IMPORT = Command(
     help="published 2D weights into the network of a plan, for -pretrained_weights",
     configure=_configure_import,
     run=_import,
+)
+ENCODER = Command(
+    help="what the file of a pretrained encoder says about it",
+    configure=_configure_encoder,
+    run=_encoder,
 )
 DOCTOR = Command(
     help="check this installation and name the remedy for what fails", configure=_no_arguments, run=_doctor

@@ -15,6 +15,7 @@ from .encoder import load_encoder, read_encoder, write_encoder
 from .errors import WeightsError
 from .files import read_checkpoint
 from .load import load_published
+from .nnssl import write_nnssl_checkpoint
 from .report import Report
 
 __all__ = [
@@ -26,4 +27,5 @@ __all__ = [
     "read_checkpoint",
     "read_encoder",
     "write_encoder",
+    "write_nnssl_checkpoint",
 ]
