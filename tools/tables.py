@@ -145,8 +145,8 @@ def first_table_paired() -> str:
     )
 
 
-def _results(name: str) -> list[dict[str, str]]:
-    with (CHECKOUT / "plans" / "results" / f"{name}.csv").open(encoding="utf-8") as stream:
+def _results(name: str, room: str = "plans") -> list[dict[str, str]]:
+    with (CHECKOUT / room / "results" / f"{name}.csv").open(encoding="utf-8") as stream:
         return list(csv.DictReader(stream))
 
 
@@ -240,6 +240,32 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
+def recipes_table() -> str:
+    """Recipes and what they cost, from pretrain/results/recipes.csv."""
+    from medmamba_pretrain.recipe import read_recipe
+
+    rows = []
+    for row in _results("recipes", room="pretrain"):
+        recipe = read_recipe(row["recipe"])
+        hours = (
+            f"{row['training_cpu_h']} on one core"
+            if row["training_cpu_h"]
+            else f"{row['training_gpu_h_fast']} to {row['training_gpu_h_slow']} on one GPU"
+        )
+        rows.append(
+            [
+                f"`{row['recipe']}`",
+                f"{'x'.join(map(str, recipe.patch_size))} at {recipe.spacing_mm[0]:g} mm",
+                _millions(int(row["encoder_parameters"])),
+                f"{int(row['crops']):,}",
+                hours,
+                *(f"{row[f'disk_gib_{n}']} GiB, {row[f'ingest_core_h_{n}']} core-h" for n in (100, 6814, 100000)),
+            ]
+        )
+    corpora = [f"corpus of {n}" for n in ("100", "6,814", "100,000")]
+    return _table(["recipe", "crops", "encoder", "crops seen", "hours of training", *corpora], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "commands": commands_table,
     "changes": changes_lists,
@@ -249,6 +275,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "first-table-paired": first_table_paired,
     "networks": networks_table,
     "networks-readme": lambda: networks_table("docs/reference/networks.md"),
+    "recipes": recipes_table,
     "route-sets": route_sets_table,
     "ssm-modes": ssm_modes_table,
 }

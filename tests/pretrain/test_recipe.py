@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from pathlib import Path
 
 import pytest
 
 from medmamba.command import CommandError
+from medmamba.networks import create_network
 from medmamba_pretrain.loop.schedule import learning_rate
+from medmamba_pretrain.model import Pretraining
 from medmamba_pretrain.recipe import RECIPES, Recipe, read_recipe
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -50,6 +53,13 @@ def test_a_recipe_says_what_it_costs(name):
     text = (RECIPES / f"{name}.toml").read_text()
     assert f"# Corpus of 100 / 6,814 / 100,000 volumes: {disk} GiB, {ingest} core-hours to ingest." in text
     assert f"# Training: {training}." in text
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES.glob("*.toml")))
+def test_a_recipe_builds_and_its_crops_have_many_units(name):
+    recipe = read_recipe(name)
+    network = create_network(recipe.network, 1, 2, **recipe.network_arguments)
+    assert math.prod(Pretraining(network, recipe).units) >= 200
 
 
 def test_an_entry_is_changed_from_the_command_line(file):
