@@ -41,7 +41,7 @@ def write_init_file(
 
     Args:
         path: of the file; replaced if it was made for the same encoder.
-        encoder: that fits the plans, see :func:`medmamba_plans.like.check_like`.
+        encoder: that fits the plans, see :func:`medmamba_plans.like_check.check_like`.
         plans: of a dataset.
         configuration: its name.
         dataset_json: of the dataset.

@@ -17,7 +17,8 @@ from medmamba_plans.dataset import STOCK_PLANS, Dataset, check_replaceable, writ
 from medmamba_plans.derive import Request
 from medmamba_plans.describe import describe_configurations, describe_schedule
 from medmamba_plans.init_file import check_init_replaceable, write_init_file
-from medmamba_plans.like import CONFIGURATION, Encoder, check_dataset, check_encoder, check_like, derive_like
+from medmamba_plans.like import Encoder, derive_like
+from medmamba_plans.like_check import CONFIGURATION, check_dataset, check_encoder, check_like
 from medmamba_plans.plan_command import SCHEDULE, schedule_of, stock_plans
 
 #: What the encoder decides: argument of the command -> its value when it was not given.

@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from medmamba.cli import main
 from medmamba.nnunet.architecture import network_of
 from medmamba_plans.derive import PlanError, Request
-from medmamba_plans.like import Encoder, check_like, derive_like
+from medmamba_plans.like import Encoder, derive_like
+from medmamba_plans.like_check import check_like
 
 CONSTANTS = {"percentile_00_5": -175, "percentile_99_5": 250, "mean": -175, "std": 425}
 

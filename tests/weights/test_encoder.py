@@ -114,6 +114,16 @@ def test_a_file_is_float32_on_the_cpu_and_plain(written):
     assert {value.dtype for value in read_encoder(written)[1].values()} == {torch.float32}
 
 
+@pytest.mark.gpu
+def test_an_encoder_that_is_written_on_a_gpu_is_read_without_one(path):
+    description = describe()
+    network = build(description)
+    expected = {name: value.clone() for name, value in network.encoder.state_dict().items()}
+    write_encoder(path, network.cuda().encoder, description)
+    _, tensors = read_encoder(path)
+    assert all(value.device.type == "cpu" and torch.equal(value, expected[name]) for name, value in tensors.items())
+
+
 class TwoNames(nn.Module):
     """A network whose decoder lists the encoder a second time, as nnU-Net's PlainConvUNet does."""
 
