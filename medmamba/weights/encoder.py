@@ -1,11 +1,12 @@
 """Pretrained encoders: one file, and into the encoder of a network.
 
 The file is a ``.safetensors``: the state dict of ``network.encoder`` (names without ``encoder.``, float32), with the
-description as JSON in the header, so that neither can lose the other.
+description as JSON in the header, so that neither can lose the other, and a checksum over both.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -25,6 +26,7 @@ from .report import Report
 
 #: Key in the header of the file.
 METADATA = "medmamba_encoder"
+CHECKSUM = "medmamba_sha256"
 FORMAT_VERSION = 1
 
 __all__ = ["EncoderDescription", "load_encoder", "read_encoder", "stem_key", "write_encoder"]
@@ -47,7 +49,8 @@ def write_encoder(path: str | os.PathLike[str], encoder: nn.Module, description:
     # Copies: tensors that share memory cannot be written.
     tensors = {name: _on_cpu(value) for name, value in encoder.state_dict().items()}
     _check(described_encoder(description), tensors)
-    metadata = {METADATA: json.dumps({"format": FORMAT_VERSION, **description.to_json()})}
+    text = json.dumps({"format": FORMAT_VERSION, **description.to_json()})
+    metadata = {METADATA: text, CHECKSUM: _checksum(text, tensors)}
     content = save(tensors, metadata)
     write_atomically(path, lambda temporary: Path(temporary).write_bytes(content))
 
@@ -56,7 +59,7 @@ def read_encoder(path: str | os.PathLike[str]) -> tuple[EncoderDescription, dict
     """Description and tensors of an encoder file, on the CPU.
 
     Raises:
-        WeightsError: the file is missing, cut short, of a newer format, or no encoder of medmamba.
+        WeightsError: the file is missing, damaged, of a newer format, or no encoder of medmamba.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -65,7 +68,8 @@ def read_encoder(path: str | os.PathLike[str]) -> tuple[EncoderDescription, dict
         raise WeightsError(f"{path} is no file; give an encoder.safetensors of `medmamba pretrain run`")
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            description = _description(path, file.metadata())
+            metadata = file.metadata()
+            description = _description(path, metadata)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     except (OSError, SafetensorError) as error:
         raise WeightsError(
@@ -74,6 +78,8 @@ def read_encoder(path: str | os.PathLike[str]) -> tuple[EncoderDescription, dict
         ) from error
     if not tensors:
         raise WeightsError(f"{path} holds no tensors; write the encoder again")
+    if metadata.get(CHECKSUM) != _checksum(metadata[METADATA], tensors):
+        raise WeightsError(f"{path} is damaged: its checksum does not fit what it holds; copy it again")
     return description, tensors
 
 
@@ -167,6 +173,15 @@ class _Reached(Exception):
 
     def __init__(self, module: nn.Module):
         self.module = module
+
+
+def _checksum(description: str, tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of the description and of the bytes of all tensors, by name."""
+    digest = hashlib.sha256(description.encode())
+    for name in sorted(tensors):
+        digest.update(f"{name}{tuple(tensors[name].shape)}".encode())
+        digest.update(tensors[name].contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _on_cpu(value: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
@@ -206,6 +206,17 @@ def test_a_file_that_is_cut_short_is_refused(written, part):
         WeightsError, match=r"encoder\.safetensors cannot be read as safetensors \(.+\); it is cut short"
     ):
         read_encoder(written)
+
+
+@given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+def test_a_flipped_bit_anywhere_is_refused(written, place, bit):
+    content = bytearray(written.read_bytes())
+    flipped = written.with_name("flipped.safetensors")
+    content[int(place * len(content))] ^= 1 << bit
+    flipped.write_bytes(content)
+    with pytest.raises(WeightsError):
+        read_encoder(flipped)
 
 
 def test_a_file_of_another_kind_is_refused(path):
