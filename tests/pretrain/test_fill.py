@@ -114,6 +114,41 @@ def test_the_papers_form_equals_its_recurrence_written_down_elsewhere(gap):
     torch.testing.assert_close(filled[0, :-1], torch.from_numpy(golden[f"y_id_Q{gap}"]), rtol=1e-12, atol=1e-12)
 
 
+def as_released(M, left, right, g):
+    """Rows 0 ... g - 1 of a gap as the released code computes them, (g, C), derived anew from its formula:
+
+    s_n = (1 - n / (g - 1)) left + n / (g - 1) right,  Y_n = M^(g - 1 - n) s_n,  Z_j = Y_0 + ... + Y_j.
+    """
+    share = torch.arange(g, dtype=torch.float64) / max(g - 1, 1)
+    s = torch.lerp(left, right, share[:, None])
+    return torch.stack([torch.linalg.matrix_power(M, g - 1 - n) @ s[n] for n in range(g)]).cumsum(0)
+
+
+def test_the_released_formula_is_a_recurrence_in_its_last_row_only():
+    """Why it is not one of the fills: powers count from the end of the gap, so a token depends on the gap's length."""
+    torch.manual_seed(0)
+    g, M = 5, 0.4 * torch.randn(3, 3, dtype=torch.float64)
+    left, right = torch.randn(2, 3, dtype=torch.float64)
+    released = as_released(M, left, right, g)
+    h, rows = torch.zeros(3, dtype=torch.float64), []
+    for n in range(g):
+        h = M @ h + torch.lerp(left, right, torch.tensor(n / (g - 1), dtype=torch.float64))
+        rows.append(h)
+    torch.testing.assert_close(released[-1], rows[-1], rtol=1e-12, atol=0)
+    assert all((ours - theirs).abs().max() > 0.1 for ours, theirs in zip(rows[:-1], released[:-1], strict=True))
+
+
+def test_where_the_released_formula_is_nothing_the_papers_form_interpolates():
+    """At the initial value M = 0: zeros and, in the last masked token, a copy of the right neighbour."""
+    left, right = torch.randn(2, 3, dtype=torch.float64)
+    released = as_released(torch.zeros(3, 3, dtype=torch.float64), left, right, 4)
+    assert torch.equal(released, torch.stack([*[torch.zeros_like(left)] * 3, right]))
+    x = torch.stack([left, left, left, left, right])[None]
+    ours = PaperTOKI(3).double()(x, torch.tensor([[True, False, False, False, True]]), (1, 1, 5))[0, 1:4]
+    shares = torch.tensor([[1.0], [2.0], [3.0]], dtype=torch.float64) / 5
+    torch.testing.assert_close(ours, torch.lerp(left, right, shares))
+
+
 def test_closed_forms_of_two_masked_tokens():
     a, b, m = 2.0, -1.0, 0.25
     x, visible = torch.tensor([[[a], [9.0], [9.0], [b]]]).double(), torch.tensor([[True, False, False, True]])
