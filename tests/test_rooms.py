@@ -60,7 +60,7 @@ ROOMS: dict[str, Room] = {
     "medmamba.weights": Room(
         ("medmamba_kernels", *NETWORK_ROOMS, "medmamba.files"), TORCH, lazy=frozenset({"safetensors"})
     ),
-    "medmamba.inference": Room(LOWER, TORCH | ARRAYS, lazy=IO_LIBRARIES | {"monai"}),
+    "medmamba.inference": Room(LOWER, TORCH | ARRAYS, lazy=IO_LIBRARIES | {"monai", "nnunetv2"}),
     # Also read by the corpora of pretraining; a process that only reads images does not import torch.
     "medmamba.inference.reading": Room(third_party=IO_LIBRARIES | {"numpy"}),
     "medmamba.nnunet": Room((*LOWER, "medmamba.inference"), TORCH | {"nnunetv2", "numpy"}),
