@@ -195,6 +195,21 @@ def test_a_run_that_ended_early_goes_on_to_the_same_bits(long, corpus, recipe_fi
     assert losses(out) == losses(long)
 
 
+@pytest.mark.slow
+def test_two_processes_that_are_stopped_go_on_as_one(corpus, recipe_file, tmp_path):
+    recipe = recipe_file(precision="float64", steps=24, save_every=1)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    two = start(*command(recipe, corpus, tmp_path / "two"), before=torchrun)
+    _wait_until(lambda: (tmp_path / "two" / "checkpoint_000000003.pt").is_file(), two)
+    two.terminate()
+    two.communicate(timeout=120)
+    assert 3 <= last(tmp_path / "two")["step"] < 24
+    assert run(recipe, corpus, tmp_path / "two") == run(recipe, corpus, tmp_path / "one") == 0
+    expected = last(tmp_path / "one")["model"]
+    for name, value in last(tmp_path / "two")["model"].items():
+        torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-6, msg=name)
+
+
 def _wait_until(condition, process) -> None:
     end = time.monotonic() + 120
     while not condition():
