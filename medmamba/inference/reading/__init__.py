@@ -4,7 +4,17 @@ What a reader of SimpleITK or nibabel takes without a word (a NIfTI cut in half,
 series with a hole, the real part of a complex image) is refused here. What is only odd comes with a note.
 """
 
-from .image import Image, ImageRefused
+from .image import Header, Image, ImageRefused, Note
+from .messages import MESSAGES
 from .read import READABLE_SUFFIXES, read_dicom_folder, read_image
 
-__all__ = ["READABLE_SUFFIXES", "Image", "ImageRefused", "read_dicom_folder", "read_image"]
+__all__ = [
+    "MESSAGES",
+    "READABLE_SUFFIXES",
+    "Header",
+    "Image",
+    "ImageRefused",
+    "Note",
+    "read_dicom_folder",
+    "read_image",
+]

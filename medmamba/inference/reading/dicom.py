@@ -14,8 +14,10 @@ import numpy as np
 import SimpleITK
 from numpy.typing import NDArray
 
-from .image import Image, ImageRefused
-from .itk import affine_of, from_itk, refusing
+from .geometry import affine_from_lps, itk_header
+from .image import Image
+from .itk import refusing
+from .messages import refused
 
 _POSITION, _ORIENTATION, _SPACING = "0020|0032", "0020|0037", "0028|0030"
 _MODALITY, _PATIENT, _IMAGE_TYPE = "0008|0060", "0010|0020", "0008|0008"
@@ -35,14 +37,14 @@ def read_dicom_folder(folder: Path) -> Image:
     """Read the one image series of a folder (not of the folders below it).
 
     Raises:
-        ImageRefused: see the codes in ``docs/how-to/pretrain-corpus.md``.
+        ImageRefused: see ``docs/reference/messages.md``.
         OSError: the folder cannot be read.
     """
     next(folder.iterdir(), None)  # SimpleITK reads an unreadable folder as an empty one
     slices = [_read_header(path) for path in _files_of_the_series(folder)]
     slices = [found for found in slices if "LOCALIZER" not in found.tags.get(_IMAGE_TYPE, "").upper()]
     if len(slices) < 2:
-        raise ImageRefused("not-3d", f"{len(slices)} slices that are no localizer; a volume needs at least two")
+        raise refused("MM-IO-042", f"{len(slices)} slices that are no localizer; a volume needs at least two")
     row, column = _orientation(slices)
     normal = np.cross(row, column)
     slices.sort(key=lambda found: float(found.position @ normal))
@@ -52,19 +54,22 @@ def read_dicom_folder(folder: Path) -> Image:
     with refusing():
         image = reader.Execute()
     if image.GetDimension() != 3 or image.GetNumberOfComponentsPerPixel() != 1:
-        raise ImageRefused("voxel-type", "slices are colour pictures, not real numbers; export the scalar series")
+        raise refused("MM-IO-020", "slices are colour pictures, not real numbers; export the scalar series")
     spacing_x, spacing_y, _ = image.GetSpacing()
     steps = np.stack([row * spacing_x, column * spacing_y, step], axis=1)
     tags = {"modality": slices[0].tags.get(_MODALITY, ""), "patient": slices[0].tags.get(_PATIENT, "")}
-    return Image(from_itk(image).values, affine_of(steps, slices[0].position), tags=tags)
+    spacing = np.linalg.norm(steps, axis=0)
+    header = itk_header("dicom", (steps / spacing).ravel(), slices[0].position, spacing)
+    affine = affine_from_lps(steps, slices[0].position)
+    return Image(SimpleITK.GetArrayFromImage(image), affine, tags=tags, header=header)
 
 
 def _files_of_the_series(folder: Path) -> Sequence[str]:
     series = SimpleITK.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
     if not series:
-        raise ImageRefused("format", "no file of this folder is a DICOM image (structures and reports are none)")
+        raise refused("MM-IO-040", "no file of this folder is a DICOM image (structures and reports are none)")
     if len(series) > 1:
-        raise ImageRefused("several-series", f"{len(series)} series in one folder; give each a folder of its own")
+        raise refused("MM-IO-041", f"{len(series)} series in one folder; give each a folder of its own")
     names: Sequence[str] = SimpleITK.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), series[0])
     _refuse_damaged_slices(folder, names)
     return names
@@ -79,7 +84,7 @@ def _refuse_damaged_slices(folder: Path, names: Sequence[str]) -> None:
         other = _sop_class(path)
         # Of another kind are structures, doses, reports: they may lie beside their series.
         if (other == kind and kind) or (not other and path.name.lower().endswith(_SUFFIXES)):
-            raise ImageRefused("damaged-slice", f"{path.name} cannot be read; copy or download the series again")
+            raise refused("MM-IO-046", f"{path.name} cannot be read; copy or download the series again")
 
 
 def _sop_class(path: Path) -> bytes:
@@ -103,7 +108,7 @@ def _read_header(path: str) -> _Slice:
     try:
         position = np.array([float(value) for value in tags[_POSITION].split("\\")])
     except (KeyError, ValueError) as error:
-        raise ImageRefused("geometry", f"slice {Path(path).name} has no position; export it again") from error
+        raise refused("MM-IO-047", f"slice {Path(path).name} has no position; export it again") from error
     return _Slice(path, position, tags)
 
 
@@ -111,13 +116,13 @@ def _orientation(slices: Sequence[_Slice]) -> tuple[NDArray[np.float64], NDArray
     """Directions of rows and columns, equal in all slices."""
     for key, what in ((_ORIENTATION, "orientations"), (_SPACING, "pixel spacings")):
         if len(found := {item.tags.get(key, "") for item in slices}) > 1:
-            raise ImageRefused("geometry", f"slices have {len(found)} different {what}; split the series")
+            raise refused("MM-IO-047", f"slices have {len(found)} different {what}; split the series")
     try:
         cosines = [float(value) for value in slices[0].tags[_ORIENTATION].split("\\")]
         row, column = np.array(cosines[:3]), np.array(cosines[3:6])
         return row / np.linalg.norm(row), column / np.linalg.norm(column)
     except (KeyError, ValueError) as error:
-        raise ImageRefused("geometry", "slices have no orientation; export the series again") from error
+        raise refused("MM-IO-047", "slices have no orientation; export the series again") from error
 
 
 def _step(positions: Sequence[NDArray[np.float64]], normal: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -126,16 +131,16 @@ def _step(positions: Sequence[NDArray[np.float64]], normal: NDArray[np.float64])
     lengths = steps @ normal
     usual = float(np.median(lengths))
     if lengths.min() <= _SAME_STEP * abs(usual):
-        raise ImageRefused("doubled-slice", f"two slices lie {lengths.min():g} mm apart; remove the copy")
+        raise refused("MM-IO-044", f"two slices lie {lengths.min():g} mm apart; remove the copy")
     if lengths.max() > 1.5 * usual:
         k = int(lengths.argmax())
-        raise ImageRefused(
-            "missing-slice",
+        raise refused(
+            "MM-IO-043",
             f"{lengths[k]:g} mm between slices {k + 1} and {k + 2}, {usual:g} mm elsewhere; fetch the missing ones",
         )
     if np.abs(steps - steps.mean(axis=0)).max() > _SAME_STEP * usual:
-        raise ImageRefused(
-            "uneven-slices", f"slices lie {lengths.min():g} to {lengths.max():g} mm apart; resample them evenly first"
+        raise refused(
+            "MM-IO-045", f"slices lie {lengths.min():g} to {lengths.max():g} mm apart; resample them evenly first"
         )
     mean: NDArray[np.float64] = steps.mean(axis=0)
     return mean

@@ -6,33 +6,42 @@ from pathlib import Path
 
 import numpy as np
 import SimpleITK
-from numpy.typing import NDArray
 
-from .image import Image, ImageRefused, checked_affine
+from .geometry import affine_from_lps, itk_header
+from .image import Image, Note
+from .messages import noted, refused
 from .payload import check_payload
 
 SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)  # what matters of it we check and say ourselves
 
-#: SimpleITK's axes point left and posterior, ours right and anterior.
-_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
-
-def read_meta_or_nrrd(path: Path) -> Image:
+def read_meta_or_nrrd(path: Path, *, volume: int | None = None) -> Image:
     """Read one 3D volume from .mha, .mhd, .nrrd or .nhdr.
 
+    Args:
+        volume: which of several volumes along the fourth axis, from 0.
+
     Raises:
-        ImageRefused: see the codes in ``docs/how-to/pretrain-corpus.md``.
+        ImageRefused: see ``docs/reference/messages.md``.
         OSError: the file cannot be opened or read.
     """
-    check_payload(path)
+    notes = list(check_payload(path))
     reader = SimpleITK.ImageFileReader()
-    reader.SetFileName(str(path))
+    try:
+        reader.SetFileName(str(path))
+    except UnicodeEncodeError as error:
+        raise refused("MM-IO-012", "its name is no valid text, which SimpleITK needs; rename it") from error
     with refusing():
         reader.ReadImageInformation()
-    refuse_unless_scalar_3d(reader)
+    _refuse_unless_scalar(reader)
+    _choose_volume(reader, volume, notes)
     with refusing():
         image = reader.Execute()
-    return from_itk(image)
+    spacing = np.asarray(image.GetSpacing())
+    affine = affine_from_lps(np.reshape(image.GetDirection(), (3, 3)) * spacing, np.asarray(image.GetOrigin()))
+    kind = "nrrd" if path.suffix.lower() in (".nrrd", ".nhdr") else "meta"
+    header = itk_header(kind, image.GetDirection(), image.GetOrigin(), image.GetSpacing())
+    return Image(SimpleITK.GetArrayFromImage(image), affine, tuple(notes), header=header)
 
 
 class refusing:
@@ -44,30 +53,37 @@ class refusing:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, RuntimeError):
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            raise ImageRefused("unreadable", f"SimpleITK cannot read it: {lines[-1] if lines else error}") from error
+            raise refused("MM-IO-012", f"SimpleITK cannot read it: {lines[-1] if lines else error}") from error
 
 
-def refuse_unless_scalar_3d(reader: SimpleITK.ImageFileReader) -> None:
-    """Check number of axes and kind of voxels; ``reader`` has read the header."""
-    size = list(reader.GetSize())
-    if reader.GetNumberOfComponents() != 1 or "complex" in SimpleITK.GetPixelIDValueAsString(reader.GetPixelID()):
-        kind = SimpleITK.GetPixelIDValueAsString(reader.GetPixelID())
-        raise ImageRefused("voxel-type", f"voxels are {kind}, not real numbers; convert to one scalar channel")
-    if len(size) != 3:
-        what = "a series of volumes; split it into 3D files" if len(size) > 3 else "a slice or a line, not a volume"
-        raise ImageRefused("not-3d", f"{len(size)} axes of {size}: {what}")
+def _refuse_unless_scalar(reader: SimpleITK.ImageFileReader) -> None:
+    """Check the kind of voxels; ``reader`` has read the header."""
+    kind = SimpleITK.GetPixelIDValueAsString(reader.GetPixelID())
+    if "complex" in kind:
+        raise refused("MM-IO-021", f"voxels are {kind}, not real numbers; save magnitude or phase")
+    if reader.GetNumberOfComponents() != 1:
+        raise refused("MM-IO-020", f"voxels are {kind}, not real numbers; convert to one scalar channel")
 
 
-def from_itk(image: SimpleITK.Image) -> Image:
-    """An image of SimpleITK with three axes as ours."""
-    affine = affine_of(
-        np.reshape(image.GetDirection(), (3, 3)) * np.asarray(image.GetSpacing()), np.asarray(image.GetOrigin())
-    )
-    return Image(SimpleITK.GetArrayFromImage(image), affine)
-
-
-def affine_of(steps_lps: NDArray[np.float64], origin_lps: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(4, 4) to right, anterior, superior; from steps per voxel (columns of (3, 3)) and origin in SimpleITK's axes."""
-    affine = np.eye(4)
-    affine[:3, :3], affine[:3, 3] = steps_lps, origin_lps
-    return checked_affine(_TO_RAS @ affine)
+def _choose_volume(reader: SimpleITK.ImageFileReader, volume: int | None, notes: list[Note]) -> None:
+    """Let ``reader`` take three axes."""
+    size = [int(length) for length in reader.GetSize()]
+    if len(size) < 3:
+        raise refused("MM-IO-025", f"{len(size)} axes of {size}: a slice or a line, not a volume")
+    if len(size) > 4 and max(size[4:]) > 1:
+        raise refused("MM-IO-024", f"{len(size)} axes of {size}; split it into 3D files")
+    volumes = size[3] if len(size) > 3 else 1
+    if volume is None and volumes > 1:
+        raise refused(
+            "MM-IO-023", f"{volumes} volumes in one file; choose one with --volume 0 to {volumes - 1}, or split it"
+        )
+    if volume is not None and not 0 <= volume < volumes:
+        raise refused("MM-IO-026", f"volume {volume} was asked for, it holds 0 to {volumes - 1}")
+    if len(size) == 3:
+        return
+    if volumes > 1:
+        notes.append(noted("MM-IO-085", f"volume {volume} of 0 to {volumes - 1} was taken"))
+    else:
+        notes.append(noted("MM-IO-072", f"{len(size)} axes of {size}, the last of length 1 and dropped"))
+    reader.SetExtractIndex([0, 0, 0, volume or 0, *[0] * (len(size) - 4)])
+    reader.SetExtractSize([*size[:3], *[0] * (len(size) - 3)])  # 0: this axis goes away

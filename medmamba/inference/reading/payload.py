@@ -5,13 +5,14 @@ Both formats have a text header that says where the data begin, how they are com
 
 from __future__ import annotations
 
-import bz2
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from .compressed import inflate_gzip, inflate_zlib
-from .image import ImageRefused
+from .compressed import inflate
+from .image import Note
+from .messages import noted, refused
+from .recognise import recognised
 
 _MOST_HEADER_BYTES = 1 << 20
 _META_TYPES = {"CHAR": 1, "SHORT": 2, "INT": 4, "LONG": 4, "LONG_LONG": 8, "FLOAT": 4, "DOUBLE": 8}
@@ -29,50 +30,87 @@ _NRRD_SIZES = {
 
 @dataclass(frozen=True)
 class Payload:
-    """Where the voxels of an image are: their file, first byte, compression ("", "gzip", "zlib", "bzip2"), length."""
+    """Where the voxels of an image are.
+
+    Attributes:
+        path: their file.
+        offset: first byte.
+        compression: "", "gzip", "zlib" or "bzip2".
+        length: number of bytes, decompressed.
+        is_oriented: whether the header says where the axes point to.
+    """
 
     path: Path
     offset: int
     compression: str
     length: int
+    is_oriented: bool
 
 
-def check_payload(path: Path) -> None:
+def check_payload(path: Path) -> tuple[Note, ...]:
     """Read the voxels of a .mha, .mhd, .nrrd or .nhdr to the end.
 
+    Returns:
+        What is odd about them.
+
     Raises:
-        ImageRefused: "empty", "format", "truncated" or "checksum".
+        ImageRefused: "empty", "format", "truncated", "checksum", "oversized" or "missing-data".
         OSError: a file cannot be read.
     """
     with path.open("rb") as stream:
         head = stream.read(_MOST_HEADER_BYTES)
     if not head:
-        raise ImageRefused("empty", "the file is empty; copy or download it again")
+        raise refused("MM-IO-003", "the file is empty; copy or download it again")
     payload = _nrrd_payload(path, head) if path.suffix.lower() in (".nrrd", ".nhdr") else _meta_payload(path, head)
-    if payload.compression == "gzip":
-        found = len(inflate_gzip(payload.path, offset=payload.offset, limit=payload.length))
-    elif payload.compression == "zlib":
-        found = len(inflate_zlib(payload.path, offset=payload.offset, limit=payload.length))
-    elif payload.compression == "bzip2":
-        found = _bzip2_length(payload)
+    if payload.compression:
+        inflated = inflate(payload.path, payload.compression, offset=payload.offset, limit=payload.length, keep=False)
+        found, trailing = inflated.length, inflated.trailing
     else:
-        found = payload.path.stat().st_size - max(payload.offset, 0)
+        found = payload.path.stat().st_size - payload.offset
+        trailing = found - payload.length
     if found < payload.length:
-        raise ImageRefused(
-            "truncated", f"its header announces {payload.length} bytes of voxels, {found} are there; copy it again"
+        raise refused(
+            "MM-IO-004", f"its header announces {payload.length} bytes of voxels, {found} are there; copy it again"
         )
-
-
-def _bzip2_length(payload: Payload) -> int:
-    with payload.path.open("rb") as stream:
-        stream.seek(payload.offset)
-        try:
-            return len(bz2.decompress(stream.read()))
-        except (ValueError, OSError) as error:
-            raise ImageRefused("checksum", f"the compressed data are damaged ({error}); copy it again") from error
+    notes = [noted("MM-IO-071", f"{trailing} bytes follow the last voxel")] if trailing > 0 else []
+    if not payload.is_oriented:
+        notes.append(
+            noted(
+                "MM-IO-080",
+                "the header has no directions: the orientation is unknown, taken as left, posterior, superior",
+            )
+        )
+    return tuple(notes)
 
 
 def _meta_payload(path: Path, head: bytes) -> Payload:
+    fields, offset = _meta_fields(head)
+    if "ndims" not in fields and "dimsize" not in fields:
+        raise refused(
+            "MM-IO-008", f"this is {recognised(head)}, whatever its name says; rename or convert it to .nii.gz"
+        )
+    try:
+        dims = [int(size) for size in fields["dimsize"].split()]
+        kind = fields["elementtype"].upper().removeprefix("MET_").removeprefix("U").removesuffix("_ARRAY")
+        channels = int(fields.get("elementnumberofchannels", "1"))
+        length = math.prod(dims) * channels * _META_TYPES[kind]
+        target, skip = fields["elementdatafile"], int(fields.get("headersize", "0"))
+    except (KeyError, ValueError) as error:
+        raise refused("MM-IO-009", f"no MetaImage header that we understand ({error}); convert to .nii.gz") from error
+    if fields.get("binarydata", "true").lower() == "false":
+        raise refused("MM-IO-009", "voxels are written as text (BinaryData = False); convert it to .nii.gz")
+    compression = "zlib" if fields.get("compresseddata", "false").lower() == "true" else ""
+    is_oriented = any(name in fields for name in ("transformmatrix", "rotation", "orientation"))
+    if target.upper() == "LOCAL":
+        return Payload(path, offset, compression, length, is_oriented)
+    companion = _companion(path, target)
+    # -1: the voxels are what the file ends with.
+    start = max(companion.stat().st_size - length, 0) if skip < 0 else skip
+    return Payload(companion, start, compression, length, is_oriented)
+
+
+def _meta_fields(head: bytes) -> tuple[dict[str, str], int]:
+    """Fields of a MetaImage header in lower case, and the byte after it."""
     fields: dict[str, str] = {}
     offset = 0
     for line in head.splitlines(keepends=True):
@@ -83,23 +121,35 @@ def _meta_payload(path: Path, head: bytes) -> Payload:
         fields[name.strip().lower()] = value.strip()
         if name.strip().lower() == "elementdatafile":
             break
-    try:
-        dims = [int(size) for size in fields["dimsize"].split()]
-        kind = fields["elementtype"].upper().removeprefix("MET_").removeprefix("U").removesuffix("_ARRAY")
-        channels = int(fields.get("elementnumberofchannels", "1"))
-        length = math.prod(dims) * channels * _META_TYPES[kind]
-        target = fields["elementdatafile"]
-    except (KeyError, ValueError) as error:
-        raise ImageRefused("format", f"no MetaImage header that we understand ({error}); convert to .nii.gz") from error
-    compression = "zlib" if fields.get("compresseddata", "False").lower() == "true" else ""
-    if target.upper() == "LOCAL":
-        return Payload(path, offset, compression, length)
-    return Payload(_companion(path, target), max(int(fields.get("headersize", "0")), 0), compression, length)
+    return fields, offset
 
 
 def _nrrd_payload(path: Path, head: bytes) -> Payload:
     if not head.startswith(b"NRRD"):
-        raise ImageRefused("format", "this is no NRRD file, whatever its name says; convert it to .nii.gz")
+        raise refused(
+            "MM-IO-008", f"this is {recognised(head)}, whatever its name says; rename or convert it to .nii.gz"
+        )
+    fields, offset = _nrrd_fields(head)
+    try:
+        length = math.prod(int(size) for size in fields["sizes"].split()) * _NRRD_SIZES[fields["type"].lower()]
+        encoding = fields["encoding"].lower()
+        skip = int(fields.get("byte skip", "0"))
+    except (KeyError, ValueError) as error:
+        raise refused("MM-IO-009", f"no NRRD header that we understand ({error}); convert to .nii.gz") from error
+    compressions = {"raw": "", "gzip": "gzip", "gz": "gzip", "bzip2": "bzip2", "bz2": "bzip2"}
+    if encoding not in compressions:
+        raise refused("MM-IO-009", f"encoding {encoding!r}: only raw, gzip and bzip2 are read; convert to .nii.gz")
+    is_oriented = "space directions" in fields and ("space" in fields or "space dimension" in fields)
+    target = fields.get("data file", fields.get("datafile"))
+    if target is None:
+        return Payload(path, offset, compressions[encoding], length, is_oriented)
+    companion = _companion(path, target)
+    start = max(companion.stat().st_size - length, 0) if skip < 0 else skip
+    return Payload(companion, start, compressions[encoding], length, is_oriented)
+
+
+def _nrrd_fields(head: bytes) -> tuple[dict[str, str], int]:
+    """Fields of an NRRD header in lower case, and the byte after it."""
     fields: dict[str, str] = {}
     offset = 0
     for line in head.split(b"\n"):
@@ -110,25 +160,14 @@ def _nrrd_payload(path: Path, head: bytes) -> Payload:
         name, separator, value = text.partition(":")
         if separator and not text.startswith("#"):
             fields[name.strip().lower()] = value.strip().lstrip("=")
-    try:
-        length = math.prod(int(size) for size in fields["sizes"].split()) * _NRRD_SIZES[fields["type"].lower()]
-        encoding = fields["encoding"].lower()
-    except (KeyError, ValueError) as error:
-        raise ImageRefused("format", f"no NRRD header that we understand ({error}); convert to .nii.gz") from error
-    compressions = {"raw": "", "gzip": "gzip", "gz": "gzip", "bzip2": "bzip2", "bz2": "bzip2"}
-    if encoding not in compressions:
-        raise ImageRefused("format", f"encoding {encoding!r}: only raw, gzip and bzip2 are read; convert to .nii.gz")
-    target = fields.get("data file", fields.get("datafile"))
-    if target is None:
-        return Payload(path, offset, compressions[encoding], length)
-    return Payload(_companion(path, target), max(int(fields.get("byte skip", "0")), 0), compressions[encoding], length)
+    return fields, offset
 
 
 def _companion(path: Path, target: str) -> Path:
     """The file beside a header that holds its voxels."""
     beside = path.parent / target
     if not beside.is_file():
-        raise ImageRefused(
-            "missing-data", f"the header names {target!r} for its voxels, which is not one file beside it; copy both"
+        raise refused(
+            "MM-IO-011", f"the header names {target!r} for its voxels, which is not one file beside it; copy both"
         )
     return beside

@@ -98,7 +98,7 @@ def _stored(plain: Record, task: Task, image: Image, prepared: Prepared) -> Reco
         source_shape=tuple(image.values.shape),
         source_spacing_mm=tuple(float(np.round(size, 4)) for size in image.spacing_mm),
         source_axes=geometry.axis_codes(image.affine),
-        notes=image.notes,
+        notes=tuple(note.text for note in image.notes),
         size_bytes=size,
     )
 
