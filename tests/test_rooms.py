@@ -63,6 +63,7 @@ ROOMS: dict[str, Room] = {
     "medmamba.inference": Room(LOWER, TORCH | ARRAYS, lazy=IO_LIBRARIES | {"monai", "nnunetv2"}),
     # Also read by the corpora of pretraining; a process that only reads images does not import torch.
     "medmamba.inference.reading": Room(third_party=IO_LIBRARIES | {"numpy"}),
+    "medmamba.inference.orientation": Room(third_party=frozenset({"nibabel", "numpy"})),
     "medmamba.nnunet": Room((*LOWER, "medmamba.inference"), TORCH | {"nnunetv2", "numpy"}),
     "medmamba_plans": Room(
         (*LOWER, "medmamba.diagnostics", "medmamba.nnunet", "medmamba_plans.results"),
@@ -78,8 +79,8 @@ ROOMS: dict[str, Room] = {
         (*LOWER, "medmamba_pretrain", "medmamba_pretrain.corpus", "medmamba_pretrain.recipe"), TORCH | {"numpy"}
     ),
     "medmamba_pretrain.corpus": Room(
-        ("medmamba.command", "medmamba.files", "medmamba.inference.reading"),
-        ARRAYS | {"blosc2", "joblib", "nibabel"},
+        ("medmamba.command", "medmamba.files", "medmamba.inference.orientation", "medmamba.inference.reading"),
+        ARRAYS | {"blosc2", "joblib"},
         lazy=frozenset({"SimpleITK", "dask", "tqdm"}),
     ),
     "medmamba.demo": Room(

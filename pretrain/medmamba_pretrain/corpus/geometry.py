@@ -1,7 +1,6 @@
-"""From a volume as it lies in its file to one orientation, its body, and one spacing. Plain arrays.
+"""The body of a volume, and its voxels at another spacing. Plain arrays.
 
-Stored arrays are (D, H, W) with D towards superior, H towards anterior and W towards right: the array that nnU-Net's
-reorienting readers give. An oblique volume keeps its own grid; its axes are only exchanged and reversed.
+Stored arrays are those of :func:`medmamba.inference.orientation.to_canonical`.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import nibabel
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
@@ -21,28 +19,6 @@ _SEARCH_MM = 4.0
 _PART_OF_LARGEST = 0.1
 
 Box = tuple[slice, slice, slice]
-
-
-def canonical(values: NDArray[Any], affine: NDArray[np.float64]) -> tuple[NDArray[Any], NDArray[np.float64]]:
-    """Exchange and reverse axes so that they point to superior, anterior, right, as well as they can.
-
-    Args:
-        values: (D, H, W), x of the file last.
-        affine: (4, 4), voxel (x, y, z) to mm along right, anterior, superior.
-
-    Returns:
-        The values, a view where only directions change; and the affine of the new array.
-    """
-    orientation = nibabel.orientations.io_orientation(affine)
-    turned = nibabel.orientations.apply_orientation(values.T, orientation).T
-    if list(orientation[:, 0]) != [0, 1, 2]:
-        turned = np.ascontiguousarray(turned)  # slices are read one by one below
-    return turned, affine @ nibabel.orientations.inv_ornt_aff(orientation, values.T.shape)
-
-
-def axis_codes(affine: NDArray[np.float64]) -> str:
-    """Where the axes x, y, z of a file point to, e.g. "LPS"."""
-    return "".join(str(code) for code in nibabel.orientations.aff2axcodes(affine))
 
 
 def body_box(values: NDArray[Any], spacing_mm: Sequence[float], threshold: float) -> Box:

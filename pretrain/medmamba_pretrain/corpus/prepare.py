@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from medmamba.inference.orientation import to_canonical
 from medmamba.inference.reading import Image, ImageRefused
 
 from . import geometry, intensity
@@ -48,7 +49,8 @@ def prepare(image: Image, settings: Settings) -> Prepared:
     stated = {"CT": "ct", "MR": "mr"}.get(image.tags.get("modality", "").upper())
     if stated not in (None, settings.modality):
         raise ImageRefused("modality", f"its header says {stated.upper()}; use a store of that modality")
-    values, affine = geometry.canonical(image.values, image.affine)
+    values, orientation = to_canonical(image.values, image.affine)
+    affine = orientation.affine
     # Headers hold float32: without rounding, copies in other orientations would differ in the last digits.
     sizes = np.linalg.norm(affine[:3, :3], axis=0)[::-1]
     spacing = [round(float(size) / _SPACING_GRID_MM) * _SPACING_GRID_MM for size in sizes]

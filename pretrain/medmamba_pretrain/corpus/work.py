@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from medmamba.inference.orientation import axis_codes
 from medmamba.inference.reading import Image, ImageRefused, read_image
 
-from . import geometry, intensity
+from . import intensity
 from .patients import hashed, patient_of
 from .prepare import Prepared, prepare
 from .record import Record
@@ -97,7 +98,7 @@ def _stored(plain: Record, task: Task, image: Image, prepared: Prepared) -> Reco
         intensity=intensity.summary_of(prepared.values, prepared.coding),
         source_shape=tuple(image.values.shape),
         source_spacing_mm=tuple(float(np.round(size, 4)) for size in image.spacing_mm),
-        source_axes=geometry.axis_codes(image.affine),
+        source_axes=axis_codes(image.affine),
         notes=tuple(note.text for note in image.notes),
         size_bytes=size,
     )
