@@ -16,12 +16,13 @@ from numpy.typing import NDArray
 
 from .geometry import affine_from_lps, itk_header
 from .image import Image
-from .itk import refusing
+from .itk import itk_name, refusing
 from .messages import refused
 
 _POSITION, _ORIENTATION, _SPACING = "0020|0032", "0020|0037", "0028|0030"
 _MODALITY, _PATIENT, _IMAGE_TYPE = "0008|0060", "0010|0020", "0008|0008"
 _SAME_STEP = 0.01
+_SAME_TAG = 1e-4  # the same numbers are written with more or fewer digits
 _SUFFIXES = (".dcm", ".ima", ".dicom")
 _SOP_CLASS = b"\x02\x00\x02\x00UI"  # tag and type of the field that says what kind of object a file holds
 
@@ -40,7 +41,8 @@ def read_dicom_folder(folder: Path) -> Image:
         ImageRefused: see ``docs/reference/messages.md``.
         OSError: the folder cannot be read.
     """
-    next(folder.iterdir(), None)  # SimpleITK reads an unreadable folder as an empty one
+    for path in folder.iterdir():  # raises where SimpleITK would read an unreadable folder as an empty one
+        itk_name(path)
     slices = [_read_header(path) for path in _files_of_the_series(folder)]
     slices = [found for found in slices if "LOCALIZER" not in found.tags.get(_IMAGE_TYPE, "").upper()]
     if len(slices) < 2:
@@ -115,14 +117,21 @@ def _read_header(path: str) -> _Slice:
 def _orientation(slices: Sequence[_Slice]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Directions of rows and columns, equal in all slices."""
     for key, what in ((_ORIENTATION, "orientations"), (_SPACING, "pixel spacings")):
-        if len(found := {item.tags.get(key, "") for item in slices}) > 1:
-            raise refused("MM-IO-047", f"slices have {len(found)} different {what}; split the series")
+        found = [_numbers(item.tags.get(key, "")) for item in slices]
+        if len({len(numbers) for numbers in found}) > 1 or np.ptp(found, axis=0).max(initial=0) > _SAME_TAG:
+            raise refused("MM-IO-047", f"slices have different {what}; split the series")
+    cosines = _numbers(slices[0].tags.get(_ORIENTATION, ""))
+    if len(cosines) != 6:
+        raise refused("MM-IO-047", "slices have no orientation; export the series again")
+    row, column = np.array(cosines[:3]), np.array(cosines[3:])
+    return row / np.linalg.norm(row), column / np.linalg.norm(column)
+
+
+def _numbers(text: str) -> list[float]:
     try:
-        cosines = [float(value) for value in slices[0].tags[_ORIENTATION].split("\\")]
-        row, column = np.array(cosines[:3]), np.array(cosines[3:6])
-        return row / np.linalg.norm(row), column / np.linalg.norm(column)
-    except (KeyError, ValueError) as error:
-        raise refused("MM-IO-047", "slices have no orientation; export the series again") from error
+        return [float(value) for value in text.split("\\")] if text else []
+    except ValueError as error:
+        raise refused("MM-IO-047", f"a slice has {text!r} in place of numbers; export the series again") from error
 
 
 def _step(positions: Sequence[NDArray[np.float64]], normal: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import product
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,6 +42,12 @@ def affine_from_lps(steps: NDArray[np.float64], origin: NDArray[np.float64]) -> 
     affine = np.eye(4)
     affine[:3, :3], affine[:3, 3] = steps, origin
     return checked_affine(_TO_RAS @ affine)
+
+
+def corners_apart(first: NDArray[np.float64], second: NDArray[np.float64], shape_xyz: Sequence[int]) -> float:
+    """Largest distance, in mm, between the places that two affines give to a corner voxel; NaN if one holds NaN."""
+    corners = np.array([(*corner, 1) for corner in product(*((0, size - 1) for size in shape_xyz))], np.float64)
+    return float(np.linalg.norm((corners @ (first - second).T)[:, :3], axis=1).max())
 
 
 def itk_header(kind: str, direction: Iterable[float], origin: Iterable[float], spacing_mm: Iterable[float]) -> Header:

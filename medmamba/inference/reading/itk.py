@@ -27,10 +27,7 @@ def read_meta_or_nrrd(path: Path, *, volume: int | None = None) -> Image:
     """
     notes = list(check_payload(path))
     reader = SimpleITK.ImageFileReader()
-    try:
-        reader.SetFileName(str(path))
-    except UnicodeEncodeError as error:
-        raise refused("MM-IO-012", "its name is no valid text, which SimpleITK needs; rename it") from error
+    reader.SetFileName(itk_name(path))
     with refusing():
         reader.ReadImageInformation()
     _refuse_unless_scalar(reader)
@@ -42,6 +39,15 @@ def read_meta_or_nrrd(path: Path, *, volume: int | None = None) -> Image:
     kind = "nrrd" if path.suffix.lower() in (".nrrd", ".nhdr") else "meta"
     header = itk_header(kind, image.GetDirection(), image.GetOrigin(), image.GetSpacing())
     return Image(SimpleITK.GetArrayFromImage(image), affine, tuple(notes), header=header)
+
+
+def itk_name(path: Path) -> str:
+    """A path for SimpleITK, which ends the whole process when it is given one that is not UTF-8."""
+    try:
+        str(path).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise refused("MM-IO-013", f"its name {path.name!a} is not UTF-8; rename it") from error
+    return str(path)
 
 
 class refusing:

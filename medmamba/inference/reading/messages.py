@@ -51,6 +51,7 @@ MESSAGES: dict[str, Message] = {
     "MM-IO-010": Message("format", "a NIfTI header without its data (`.hdr` and `.img`)", _CONVERT),
     "MM-IO-011": Message("missing-data", "the data file that the header names is not beside it", "copy both files"),
     "MM-IO-012": Message("unreadable", "SimpleITK fails on it for another reason", _CONVERT),
+    "MM-IO-013": Message("name", "a path that is not UTF-8, which SimpleITK cannot open", "rename it"),
     # What it holds.
     "MM-IO-020": Message("voxel-type", "colours or vectors", "convert to one scalar channel"),
     "MM-IO-021": Message("voxel-type", "complex numbers", "save magnitude or phase"),
@@ -105,7 +106,9 @@ MESSAGES: dict[str, Message] = {
     "MM-IO-074": _note("rescaling", "`scl_inter` is not finite and was read as 0", "see that intensities are right"),
     "MM-IO-075": _note("geometry", "`pixdim` and the sform differ in spacing; the sform counts", "correct the header"),
     "MM-IO-076": _note("geometry", "`pixdim` is 0 or not finite; the sform counts", "correct the header"),
-    "MM-IO-077": _note("geometry", "`pixdim` is negative; its absolute value counts", "correct the header"),
+    "MM-IO-077": _note(
+        "geometry", "a negative spacing (`pixdim`, `ElementSpacing`); its absolute value counts", "correct the header"
+    ),
     "MM-IO-078": _note(
         "geometry",
         "qform and sform place a corner more than half a voxel apart; the sform counts",

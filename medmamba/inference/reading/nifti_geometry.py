@@ -6,13 +6,12 @@ readers disagree about this among themselves.
 
 from __future__ import annotations
 
-from itertools import product
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .geometry import checked_affine
+from .geometry import checked_affine, corners_apart
 from .image import Header, Note
 from .messages import noted, refused
 
@@ -129,8 +128,7 @@ def _compare_forms(
     sform: NDArray[np.float64], qform: NDArray[np.float64], shape: tuple[int, ...], taken: str, notes: list[Note]
 ) -> None:
     """A note when a corner of the volume lies more than half a voxel away in the other form."""
-    corners = np.array([(*corner, 1) for corner in product(*((0, size - 1) for size in shape))], np.float64)
-    apart = float(np.linalg.norm((corners @ (sform - qform).T)[:, :3], axis=1).max())
+    apart = corners_apart(sform, qform, shape)
     if not apart <= 0.5 * np.linalg.norm(sform[:3, :3], axis=0).min():
         notes.append(noted("MM-IO-078", f"qform and sform place a corner {apart:.3g} mm apart; the {taken} was taken"))
 

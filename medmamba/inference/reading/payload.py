@@ -37,14 +37,14 @@ class Payload:
         offset: first byte.
         compression: "", "gzip", "zlib" or "bzip2".
         length: number of bytes, decompressed.
-        is_oriented: whether the header says where the axes point to.
+        notes: what is odd about the header.
     """
 
     path: Path
     offset: int
     compression: str
     length: int
-    is_oriented: bool
+    notes: tuple[Note, ...] = ()
 
 
 def check_payload(path: Path) -> tuple[Note, ...]:
@@ -72,15 +72,9 @@ def check_payload(path: Path) -> tuple[Note, ...]:
         raise refused(
             "MM-IO-004", f"its header announces {payload.length} bytes of voxels, {found} are there; copy it again"
         )
-    notes = [noted("MM-IO-071", f"{trailing} bytes follow the last voxel")] if trailing > 0 else []
-    if not payload.is_oriented:
-        notes.append(
-            noted(
-                "MM-IO-080",
-                "the header has no directions: the orientation is unknown, taken as left, posterior, superior",
-            )
-        )
-    return tuple(notes)
+    if trailing > 0:
+        return (*payload.notes, noted("MM-IO-071", f"{trailing} bytes follow the last voxel"))
+    return payload.notes
 
 
 def _meta_payload(path: Path, head: bytes) -> Payload:
@@ -93,20 +87,41 @@ def _meta_payload(path: Path, head: bytes) -> Payload:
         dims = [int(size) for size in fields["dimsize"].split()]
         kind = fields["elementtype"].upper().removeprefix("MET_").removeprefix("U").removesuffix("_ARRAY")
         channels = int(fields.get("elementnumberofchannels", "1"))
-        length = math.prod(dims) * channels * _META_TYPES[kind]
+        length = _product(dims, int(fields["ndims"])) * channels * _META_TYPES[kind]
         target, skip = fields["elementdatafile"], int(fields.get("headersize", "0"))
     except (KeyError, ValueError) as error:
         raise refused("MM-IO-009", f"no MetaImage header that we understand ({error}); convert to .nii.gz") from error
     if fields.get("binarydata", "true").lower() == "false":
         raise refused("MM-IO-009", "voxels are written as text (BinaryData = False); convert it to .nii.gz")
     compression = "zlib" if fields.get("compresseddata", "false").lower() == "true" else ""
-    is_oriented = any(name in fields for name in ("transformmatrix", "rotation", "orientation"))
+    notes = _notes_on_meta(fields)
     if target.upper() == "LOCAL":
-        return Payload(path, offset, compression, length, is_oriented)
+        return Payload(path, offset, compression, length, notes)
     companion = _companion(path, target)
     # -1: the voxels are what the file ends with.
     start = max(companion.stat().st_size - length, 0) if skip < 0 else skip
-    return Payload(companion, start, compression, length, is_oriented)
+    return Payload(companion, start, compression, length, notes)
+
+
+def _notes_on_meta(fields: dict[str, str]) -> tuple[Note, ...]:
+    notes = []
+    spacing = fields.get("elementspacing", "")
+    if any(size.startswith("-") for size in spacing.split()):
+        notes.append(noted("MM-IO-077", f"the spacing is {spacing}; its absolute values count"))
+    if not {"transformmatrix", "rotation", "orientation"} & set(fields):
+        notes.append(_unknown())
+    return tuple(notes)
+
+
+def _unknown() -> Note:
+    text = "the header has no directions: the orientation is unknown, taken as left, posterior, superior"
+    return noted("MM-IO-080", text)
+
+
+def _product(sizes: list[int], axes: int) -> int:
+    if len(sizes) != axes or min(sizes) < 1:
+        raise ValueError(f"{axes} axes of {sizes}")
+    return math.prod(sizes)
 
 
 def _meta_fields(head: bytes) -> tuple[dict[str, str], int]:
@@ -131,7 +146,8 @@ def _nrrd_payload(path: Path, head: bytes) -> Payload:
         )
     fields, offset = _nrrd_fields(head)
     try:
-        length = math.prod(int(size) for size in fields["sizes"].split()) * _NRRD_SIZES[fields["type"].lower()]
+        sizes = [int(size) for size in fields["sizes"].split()]
+        length = _product(sizes, int(fields["dimension"])) * _NRRD_SIZES[fields["type"].lower()]
         encoding = fields["encoding"].lower()
         skip = int(fields.get("byte skip", "0"))
     except (KeyError, ValueError) as error:
@@ -139,13 +155,15 @@ def _nrrd_payload(path: Path, head: bytes) -> Payload:
     compressions = {"raw": "", "gzip": "gzip", "gz": "gzip", "bzip2": "bzip2", "bz2": "bzip2"}
     if encoding not in compressions:
         raise refused("MM-IO-009", f"encoding {encoding!r}: only raw, gzip and bzip2 are read; convert to .nii.gz")
-    is_oriented = "space directions" in fields and ("space" in fields or "space dimension" in fields)
+    if "nan" in fields.get("spacings", "").lower():
+        raise refused("MM-IO-030", f"the spacing is {fields['spacings']}; write the geometry anew")
+    notes = () if {"space", "space dimension"} & set(fields) and "space directions" in fields else (_unknown(),)
     target = fields.get("data file", fields.get("datafile"))
     if target is None:
-        return Payload(path, offset, compressions[encoding], length, is_oriented)
+        return Payload(path, offset, compressions[encoding], length, notes)
     companion = _companion(path, target)
     start = max(companion.stat().st_size - length, 0) if skip < 0 else skip
-    return Payload(companion, start, compressions[encoding], length, is_oriented)
+    return Payload(companion, start, compressions[encoding], length, notes)
 
 
 def _nrrd_fields(head: bytes) -> tuple[dict[str, str], int]:
@@ -164,9 +182,9 @@ def _nrrd_fields(head: bytes) -> tuple[dict[str, str], int]:
 
 
 def _companion(path: Path, target: str) -> Path:
-    """The file beside a header that holds its voxels."""
+    """The file beside a header that holds its voxels; a header may not name one elsewhere."""
     beside = path.parent / target
-    if not beside.is_file():
+    if str(Path(target)) != beside.name or not beside.is_file():
         raise refused(
             "MM-IO-011", f"the header names {target!r} for its voxels, which is not one file beside it; copy both"
         )
