@@ -60,7 +60,11 @@ ROOMS: dict[str, Room] = {
     "medmamba.weights": Room(
         ("medmamba_kernels", *NETWORK_ROOMS, "medmamba.files"), TORCH, lazy=frozenset({"safetensors"})
     ),
-    "medmamba.inference": Room(LOWER, TORCH | ARRAYS, lazy=IO_LIBRARIES | {"monai", "nnunetv2"}),
+    "medmamba.inference": Room(
+        (*LOWER, "medmamba.inference.orientation", "medmamba.inference.reading"),
+        TORCH | ARRAYS,
+        lazy=IO_LIBRARIES | {"monai", "nnunetv2"},
+    ),
     # Also read by the corpora of pretraining; a process that only reads images does not import torch.
     "medmamba.inference.reading": Room(third_party=IO_LIBRARIES | {"numpy"}),
     "medmamba.inference.orientation": Room(third_party=frozenset({"nibabel", "numpy"})),

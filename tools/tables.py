@@ -266,6 +266,18 @@ def recipes_table() -> str:
     return _table(["recipe", "crops", "encoder", "crops seen", "hours of training", *corpora], rows)
 
 
+def messages_table(refuses: bool) -> str:
+    """Messages about images: refusals, or notes; each id is an anchor of the page."""
+    from medmamba.inference.reading import MESSAGES
+
+    rows = [
+        [f'<a id="{name.lower()}"></a>{name}', f"`{entry.code}`", _cell(entry.meaning), _cell(entry.remedy)]
+        for name, entry in MESSAGES.items()
+        if entry.refuses == refuses
+    ]
+    return _table(["id", "code", "what it means", "what to do"], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "commands": commands_table,
     "changes": changes_lists,
@@ -273,6 +285,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "first-table-hippocampus": lambda: first_table("Dataset004_Hippocampus"),
     "first-table-head-and-neck": lambda: first_table("Dataset101_OpenKBP_HN"),
     "first-table-paired": first_table_paired,
+    "messages-notes": lambda: messages_table(refuses=False),
+    "messages-refusals": lambda: messages_table(refuses=True),
     "networks": networks_table,
     "networks-readme": lambda: networks_table("docs/reference/networks.md"),
     "recipes": recipes_table,
