@@ -19,6 +19,8 @@ import nibabel
 import numpy as np
 import pytest
 import SimpleITK
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from medmamba.inference.reading import MESSAGES, Image, ImageRefused, read_image
 from medmamba.inference.reading.content import Policy, has_content, settled
@@ -382,6 +384,11 @@ ROWS = [
     Row("a negative axis in .mha", itk("image.mha", b"DimSize = 9 10 11", b"DimSize = 9 10 -11"), "MM-IO-009"),
     Row("voxels as text in .mha", itk("image.mha", b"BinaryData = True", b"BinaryData = False"), "MM-IO-009"),
     Row("an unknown encoding in .nrrd", itk("image.nrrd", b"encoding: raw", b"encoding: hex"), "MM-IO-009"),
+    Row(
+        "two sizes in .mha",
+        itk("image.mha", b"DimSize = 9 10 11\n", b"DimSize = 9 10 11\ndimsize = 9 10 10\n"),
+        "MM-IO-009",
+    ),
     Row("what only SimpleITK finds", itk("image.nrrd", b"left-posterior-superior", b"left-upside"), "MM-IO-012"),
     Row("huge axes", nifti(put(dim=[3, 32000, 32000, 32000, 1, 1, 1, 1])), "MM-IO-004"),
     Row("huge axes compressed", nifti(put(dim=[3, 32000, 32000, 32000, 1, 1, 1, 1]), name="a.nii.gz"), "MM-IO-004"),
@@ -660,3 +667,49 @@ def test_an_unreadable_file_is_an_error_of_the_system(tmp_path):
     (tmp_path / "link.nii").symlink_to("nothing.nii")
     with pytest.raises(FileNotFoundError):
         read_image(tmp_path / "link.nii")
+
+
+TEXT_HEADERS = {
+    ".mha": b"NDims = 3\nTransformMatrix = 1 0 0 0 1 0 0 0 1\nOffset = 0 0 0\nElementSpacing = 1 1 1\nDimSize = 4 5 6\n"
+    b"ElementType = MET_SHORT\nElementDataFile = LOCAL\n",
+    ".nrrd": b"NRRD0004\ntype: short\ndimension: 3\nspace: left-posterior-superior\nsizes: 4 5 6\n"
+    b"space directions: (1,0,0) (0,1,0) (0,0,1)\nendian: little\nencoding: raw\nspace origin: (0,0,0)\n\n",
+}
+ODD_WORDS = [
+    "nan",
+    "-1",
+    "0",
+    "1e400",
+    "99999999999999999999",
+    "x",
+    "",
+    "3 3",
+    "LOCAL",
+    "LIST",
+    "%03d 1 3 1",
+    "../x",
+    "\xff",
+    "4",
+]
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.sampled_from(sorted(TEXT_HEADERS)), st.data())
+def test_no_text_header_makes_the_reader_fail_otherwise_than_by_refusing(tmp_path, suffix, data):
+    """Words exchanged, lines lost or doubled: a file may be refused or read, with as many voxels as it has."""
+    lines = TEXT_HEADERS[suffix].split(b"\n")
+    for _ in range(data.draw(st.integers(1, 3))):
+        k = data.draw(st.integers(0, len(lines) - 1))
+        words = lines[k].split(b" ")
+        words[data.draw(st.integers(0, len(words) - 1))] = data.draw(st.sampled_from(ODD_WORDS)).encode("latin-1")
+        lines[k : k + 1] = data.draw(st.sampled_from([[b" ".join(words)], [], [lines[k], b" ".join(words)]]))
+        lines = lines or [b""]
+    path = tmp_path / f"image{suffix}"
+    path.write_bytes(b"\n".join(lines) + bytes(240))
+    try:
+        image = read_image(path)
+    except ImageRefused:
+        return
+    assert image.values.ndim == 3
+    assert image.values.nbytes <= path.stat().st_size
+    assert np.isfinite(image.affine).all()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import SimpleITK
 from .geometry import affine_from_lps, itk_header
 from .image import Image, Note
 from .messages import noted, refused
-from .payload import check_payload
+from .payload import checked_payload
 
 SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)  # what matters of it we check and say ourselves
 
@@ -25,12 +26,16 @@ def read_meta_or_nrrd(path: Path, *, volume: int | None = None) -> Image:
         ImageRefused: see ``docs/reference/messages.md``.
         OSError: the file cannot be opened or read.
     """
-    notes = list(check_payload(path))
+    payload = checked_payload(path)
+    notes = list(payload.notes)
     reader = SimpleITK.ImageFileReader()
     reader.SetFileName(itk_name(path))
     with refusing():
         reader.ReadImageInformation()
     _refuse_unless_scalar(reader)
+    if math.prod(reader.GetSize()) != payload.voxels:  # a field that stands there twice
+        text = f"its header can mean {payload.voxels} voxels or {math.prod(reader.GetSize())}; write it anew"
+        raise refused("MM-IO-009", text)
     _choose_volume(reader, volume, notes)
     with refusing():
         image = reader.Execute()

@@ -61,7 +61,8 @@ def read_nifti(path: Path, *, volume: int | None = None, prefer: str = "sform") 
     content = _content(path, compressed, layout, notes)
     count = int(np.prod(layout.shape))
     values = np.frombuffer(content, layout.dtype, count, layout.start).reshape(layout.shape[::-1])
-    values = values.astype(layout.dtype.newbyteorder("="), copy=False)
+    # A view of one volume would keep all others in memory.
+    values = values.astype(layout.dtype.newbyteorder("="), copy=volume is not None)
     affine = place(header, layout.shape, prefer, notes)
     return Image(_rescaled(values, header, notes), affine, tuple(notes), header=header_facts(header))
 

@@ -6,7 +6,7 @@ Both formats have a text header that says where the data begin, how they are com
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .compressed import inflate
@@ -36,22 +36,21 @@ class Payload:
         path: their file.
         offset: first byte.
         compression: "", "gzip", "zlib" or "bzip2".
-        length: number of bytes, decompressed.
+        voxels: their number, times that of components.
+        length: their number of bytes, decompressed.
         notes: what is odd about the header.
     """
 
     path: Path
     offset: int
     compression: str
+    voxels: int
     length: int
     notes: tuple[Note, ...] = ()
 
 
-def check_payload(path: Path) -> tuple[Note, ...]:
-    """Read the voxels of a .mha, .mhd, .nrrd or .nhdr to the end.
-
-    Returns:
-        What is odd about them.
+def checked_payload(path: Path) -> Payload:
+    """Read the voxels of a .mha, .mhd, .nrrd or .nhdr to the end, and say where they are.
 
     Raises:
         ImageRefused: "empty", "format", "truncated", "checksum", "oversized" or "missing-data".
@@ -73,8 +72,8 @@ def check_payload(path: Path) -> tuple[Note, ...]:
             "MM-IO-004", f"its header announces {payload.length} bytes of voxels, {found} are there; copy it again"
         )
     if trailing > 0:
-        return (*payload.notes, noted("MM-IO-071", f"{trailing} bytes follow the last voxel"))
-    return payload.notes
+        return replace(payload, notes=(*payload.notes, noted("MM-IO-071", f"{trailing} bytes follow the last voxel")))
+    return payload
 
 
 def _meta_payload(path: Path, head: bytes) -> Payload:
@@ -87,7 +86,8 @@ def _meta_payload(path: Path, head: bytes) -> Payload:
         dims = [int(size) for size in fields["dimsize"].split()]
         kind = fields["elementtype"].upper().removeprefix("MET_").removeprefix("U").removesuffix("_ARRAY")
         channels = int(fields.get("elementnumberofchannels", "1"))
-        length = _product(dims, int(fields["ndims"])) * channels * _META_TYPES[kind]
+        voxels = _product(dims, int(fields["ndims"])) * channels
+        length = voxels * _META_TYPES[kind]
         target, skip = fields["elementdatafile"], int(fields.get("headersize", "0"))
     except (KeyError, ValueError) as error:
         raise refused("MM-IO-009", f"no MetaImage header that we understand ({error}); convert to .nii.gz") from error
@@ -96,11 +96,11 @@ def _meta_payload(path: Path, head: bytes) -> Payload:
     compression = "zlib" if fields.get("compresseddata", "false").lower() == "true" else ""
     notes = _notes_on_meta(fields)
     if target.upper() == "LOCAL":
-        return Payload(path, offset, compression, length, notes)
+        return Payload(path, offset, compression, voxels, length, notes)
     companion = _companion(path, target)
     # -1: the voxels are what the file ends with.
     start = max(companion.stat().st_size - length, 0) if skip < 0 else skip
-    return Payload(companion, start, compression, length, notes)
+    return Payload(companion, start, compression, voxels, length, notes)
 
 
 def _notes_on_meta(fields: dict[str, str]) -> tuple[Note, ...]:
@@ -147,7 +147,8 @@ def _nrrd_payload(path: Path, head: bytes) -> Payload:
     fields, offset = _nrrd_fields(head)
     try:
         sizes = [int(size) for size in fields["sizes"].split()]
-        length = _product(sizes, int(fields["dimension"])) * _NRRD_SIZES[fields["type"].lower()]
+        voxels = _product(sizes, int(fields["dimension"]))
+        length = voxels * _NRRD_SIZES[fields["type"].lower()]
         encoding = fields["encoding"].lower()
         skip = int(fields.get("byte skip", "0"))
     except (KeyError, ValueError) as error:
@@ -160,10 +161,10 @@ def _nrrd_payload(path: Path, head: bytes) -> Payload:
     notes = () if {"space", "space dimension"} & set(fields) and "space directions" in fields else (_unknown(),)
     target = fields.get("data file", fields.get("datafile"))
     if target is None:
-        return Payload(path, offset, compressions[encoding], length, notes)
+        return Payload(path, offset, compressions[encoding], voxels, length, notes)
     companion = _companion(path, target)
     start = max(companion.stat().st_size - length, 0) if skip < 0 else skip
-    return Payload(companion, start, compressions[encoding], length, notes)
+    return Payload(companion, start, compressions[encoding], voxels, length, notes)
 
 
 def _nrrd_fields(head: bytes) -> tuple[dict[str, str], int]:
