@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from medmamba.command import Command, CommandError
 
 if TYPE_CHECKING:
-    from medmamba.inference.check.cases import Case
+    from medmamba.inference.check import Case, LabelCheck
 
 _MOST_NAMES = 5
 
@@ -31,6 +31,10 @@ def _configure_check(parser: argparse.ArgumentParser) -> None:
         metavar="FORM",
         help="sform (default) or qform: which one counts where both are set",
     )
+    parser.add_argument("--labels", type=Path, metavar="FOLDER", help="label maps to check with the images")
+    parser.add_argument(
+        "--allow-shift", action="store_true", help="take label maps that lie elsewhere than their image, with a note"
+    )
     parser.add_argument("--ct", action="store_true", help="the images are CTs: refuse what cannot be HU")
     parser.add_argument("--force", action="store_true", help="take values that no scanner gives, with a note")
 
@@ -40,6 +44,7 @@ def _run_check(arguments: argparse.Namespace) -> int:
     from medmamba.inference.reading.content import Policy
 
     cases = _cases(arguments.folder, arguments.channels)
+    checks = [_label_check(arguments.labels, cases, arguments.allow_shift)] if arguments.labels else []
     policy = Policy(is_ct=arguments.ct, force=arguments.force)
     as_table = arguments.table or (not arguments.json and sys.stdout.isatty())
     width = show.width_of(case.id for case in cases)
@@ -47,7 +52,7 @@ def _run_check(arguments: argparse.Namespace) -> int:
         print(show.table_head(width))
     counts: Counter[str] = Counter()
     refused = 0
-    for report in check_cases(cases, Reading(policy, arguments.volume, arguments.prefer)):
+    for report in check_cases(cases, Reading(policy, arguments.volume, arguments.prefer), checks):
         lines = show.table_lines(report, width) if as_table else [show.json_line(report)]
         print("\n".join(lines), flush=True)
         counts[show.outcome(report)] += 1
@@ -71,6 +76,21 @@ def _cases(folder: Path, channels: int | None) -> Sequence[Case]:
     if found.ignored:
         print(f"{len(found.ignored)} no image of a format that is read: {names}", file=sys.stderr)
     return found.cases
+
+
+def _label_check(folder: Path, cases: Sequence[Case], allow_shift: bool) -> LabelCheck:
+    from medmamba.inference.check import LabelCheck, show
+
+    labels = {}
+    for label in _cases(folder, 1):
+        if label.problem is not None:
+            raise CommandError(f"{folder}: {label.problem.text}")
+        labels[label.id] = label.files[0]
+    alone = sorted(set(labels) - {case.id for case in cases})
+    if alone:
+        names = ", ".join(map(show.printable, alone[:_MOST_NAMES])) + ", ..." * (len(alone) > _MOST_NAMES)
+        print(f"{len(alone)} label maps without an image: {names}", file=sys.stderr)
+    return LabelCheck(labels, allow_shift)
 
 
 def _positive(text: str) -> int:

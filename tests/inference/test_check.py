@@ -138,6 +138,128 @@ def one_image_twice(folder: Path, write: Callable[..., Path]) -> Path:
     return folder
 
 
+def labelled(change: Callable[[Path], object]) -> Callable[..., Path]:
+    def build(folder: Path, write: Callable[..., Path]) -> Path:
+        write(folder / "a_0000.nii")
+        write_label(folder / "labels" / "a.nii")
+        change(folder / "labels" / "a.nii")
+        return folder
+
+    build.__name__ = change.__name__
+    return build
+
+
+def write_label(path: Path, values: np.ndarray | None = None, shift_mm: float = 0.0, spacing: float = 2.0) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if values is None:
+        values = np.indices((9, 10, 11)).sum(axis=0) % 3
+    affine = np.diag([spacing, spacing, spacing, 1.0])
+    affine[:3, 3] = (-20 + shift_mm, 7, 100)
+    values = values if values.dtype.kind == "f" else values.astype(np.uint8)
+    image = nibabel.Nifti1Image(values, affine)
+    image.header.set_xyzt_units("mm")
+    nibabel.save(image, path)
+
+
+def good(path: Path) -> None:
+    return
+
+
+def missing(path: Path) -> None:
+    path.rename(path.with_name("b.nii"))
+
+
+def truncated(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-99])
+
+
+def broken_label_link(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("nothing.nii")
+
+
+def of_other_size(path: Path) -> None:
+    write_label(path, np.ones((9, 10, 12), np.uint8))
+
+
+def of_other_spacing(path: Path) -> None:
+    write_label(path, spacing=2.1)
+
+
+def shifted(path: Path) -> None:
+    write_label(path, shift_mm=3.0)
+
+
+def shifted_by_little(path: Path) -> None:
+    write_label(path, shift_mm=0.5)
+
+
+def background(path: Path) -> None:
+    write_label(path, np.zeros((9, 10, 11), np.uint8))
+
+
+def smoothed(path: Path) -> None:
+    write_label(path, np.full((9, 10, 11), 0.5, np.float32))
+
+
+def negative(path: Path) -> None:
+    write_label(path, np.full((9, 10, 11), -1.0, np.float32))
+
+
+def undefined(path: Path) -> None:
+    write_label(path, np.full((9, 10, 11), np.nan, np.float32))
+
+
+def as_floats(path: Path) -> None:
+    write_label(path, np.ones((9, 10, 11), np.float32))
+
+
+LABELS = [
+    (good, None),
+    (as_floats, None),
+    (shifted_by_little, None),
+    (missing, "MM-IO-065"),
+    (truncated, "MM-IO-004"),
+    (broken_label_link, "MM-IO-001"),
+    (of_other_size, "MM-IO-066"),
+    (of_other_spacing, "MM-IO-066"),
+    (shifted, "MM-IO-066"),
+    (background, "MM-IO-093"),
+    (smoothed, "MM-IO-067"),
+    (negative, "MM-IO-067"),
+    (undefined, "MM-IO-067"),
+]
+
+
+@pytest.mark.parametrize(("change", "identifier"), LABELS, ids=lambda value: getattr(value, "__name__", ""))
+def test_a_label_map_is_checked_with_its_image(tmp_path, write_nifti, capsys, change, identifier):
+    folder = labelled(change)(tmp_path, write_nifti)
+    is_refused = identifier is not None and identifier != "MM-IO-093"
+    assert cli.main(["check", str(folder), "--labels", str(folder / "labels")]) == (4 if is_refused else 0)
+    record = json.loads(capsys.readouterr().out)
+    assert [finding["id"] for finding in record["findings"]] == [identifier] * (identifier is not None)
+
+
+def test_a_shift_of_labels_can_be_allowed_and_another_grid_cannot(tmp_path, write_nifti, capsys):
+    folder = labelled(shifted)(tmp_path, write_nifti)
+    command = ["check", str(folder), "--labels", str(folder / "labels"), "--allow-shift"]
+    assert cli.main(command) == 0
+    assert [finding["id"] for finding in json.loads(capsys.readouterr().out)["findings"]] == ["MM-IO-092"]
+    of_other_size(folder / "labels" / "a.nii")
+    assert cli.main(command) == 4
+
+
+def test_labels_without_an_image_and_labels_that_clash_are_named(tmp_path, write_nifti, capsys):
+    folder = labelled(good)(tmp_path, write_nifti)
+    write_label(folder / "labels" / "b.nii")
+    command = ["check", str(folder), "--labels", str(folder / "labels")]
+    assert cli.main(command) == 0
+    assert "1 label maps without an image: b" in capsys.readouterr().err
+    write_label(folder / "labels" / "a.nii.gz")
+    assert cli.main(command) == 2
+    assert "a.nii, a.nii.gz" in capsys.readouterr().err
+
+
 def no_memory(folder: Path, write: Callable[..., Path]) -> Path:
     return write(folder / "no memory.nii")
 
@@ -173,7 +295,8 @@ def test_what_is_wrong_with_a_case_has_an_id(tmp_path, write_nifti, monkeypatch,
 
 
 def test_every_message_about_cases_is_provoked(ids_in):
-    assert {identifier for identifier, _ in PROVOKED} == ids_in("check")
+    of_labels = {identifier for _, identifier in LABELS if identifier} - {"MM-IO-004"}  # of the reader
+    assert {identifier for identifier, _ in PROVOKED} | of_labels | {"MM-IO-092"} == ids_in("check")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")

@@ -4,5 +4,16 @@ from .case_report import CaseReport, ChannelFacts, Reading, examine
 from .cases import Case, find_cases
 from .finding import Finding
 from .folder import check_cases
+from .labels import LabelCheck
 
-__all__ = ["Case", "CaseReport", "ChannelFacts", "Finding", "Reading", "check_cases", "examine", "find_cases"]
+__all__ = [
+    "Case",
+    "CaseReport",
+    "ChannelFacts",
+    "Finding",
+    "LabelCheck",
+    "Reading",
+    "check_cases",
+    "examine",
+    "find_cases",
+]

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medmamba.inference.orientation import axis_codes
-from medmamba.inference.reading import Image, ImageRefused, read_image
+from medmamba.inference.reading import Image, read_image
 from medmamba.inference.reading.content import Policy, settled
 from medmamba.inference.reading.geometry import corners_apart
 
@@ -21,8 +21,8 @@ from .cases import Case
 from .finding import Finding
 
 _SAMPLES_PER_AXIS = 100
-#: Channels lie on one grid when no corner is farther apart than this share of a voxel.
-_SAME_GRID = 0.5
+#: Images lie on one grid when no corner is farther apart than this share of a voxel.
+SAME_GRID = 0.5
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,7 @@ class CaseReport:
         shape: (D, H, W) of the file's grid; empty, like all below, when the first channel cannot be read.
         spacing_mm: along D, H, W.
         extent_mm: field of view along D, H, W.
+        affine: rows of (4, 4); voxel (x, y, z) to mm along right, anterior, superior.
         axes: where x, y, z of the file point to, e.g. "LPS".
         channels: those that could be read.
         seconds: what looking at it took.
@@ -80,6 +81,7 @@ class CaseReport:
     shape: tuple[int, ...] = ()
     spacing_mm: tuple[float, ...] = ()
     extent_mm: tuple[float, ...] = ()
+    affine: tuple[tuple[float, ...], ...] = ()
     axes: str = ""
     channels: tuple[ChannelFacts, ...] = ()
     seconds: float = 0.0
@@ -148,15 +150,8 @@ def _examined(path: Path, reading: Reading) -> _Channel:
     try:
         image = settled(read_image(path, volume=reading.volume, prefer=reading.prefer), reading.policy)
         facts = _facts_of(image, name)
-    except ImageRefused as refusal:
-        return _Channel((Finding.of_refusal(refusal, name),))
-    except OSError as error:
-        text = f"it cannot be opened ({error.strerror or error}); check path and rights"
-        return _Channel((Finding.of("MM-IO-001", text, name),))
-    except MemoryError:
-        return _Channel((Finding.of("MM-IO-063", "the memory does not suffice to read it; give more", name),))
-    except Exception as error:  # a bug of ours or of a library: one file must not end the check of a folder
-        return _Channel((Finding.of("MM-IO-064", f"{type(error).__name__}: {error}; please report it", name),))
+    except Exception as error:
+        return _Channel((Finding.of_error(error, name),))
     notes = tuple(Finding.of_note(note, name) for note in image.notes)
     return _Channel(notes, facts, _Place(image.values.shape, image.affine, image.spacing_mm))
 
@@ -182,6 +177,7 @@ def _with_place(report: CaseReport, place: _Place) -> CaseReport:
         shape=place.shape,
         spacing_mm=tuple(round(size, 6) for size in place.spacing_mm),
         extent_mm=tuple(round(size * step, 3) for size, step in zip(place.shape, place.spacing_mm, strict=True)),
+        affine=tuple(tuple(float(value) for value in row) for row in place.affine),
         axes=axis_codes(place.affine),
     )
 
@@ -191,7 +187,7 @@ def _other_grid(first: _Place, other: _Place, name: str) -> tuple[Finding, ...]:
         text = f"{_times(other.shape)} voxels, the first channel has {_times(first.shape)}; resample to one grid"
         return (Finding.of("MM-IO-061", text, name),)
     apart = corners_apart(first.affine, other.affine, first.shape[::-1])
-    if apart <= _SAME_GRID * min(first.spacing_mm):
+    if apart <= SAME_GRID * min(first.spacing_mm):
         return ()
     text = f"a corner lies {apart:.3g} mm from that of the first channel; resample to one grid"
     return (Finding.of("MM-IO-061", text, name),)

@@ -32,9 +32,16 @@ class Finding:
         return cls(identifier, message.code, text, file, message.refuses)
 
     @classmethod
-    def of_refusal(cls, refusal: ImageRefused, file: str) -> Finding:
-        """What a reader raised."""
-        return cls(refusal.id, refusal.code, refusal.text, file)
+    def of_error(cls, error: Exception, file: str) -> Finding:
+        """What reading a file raised. Whatever it was, one file must not end the check of a folder."""
+        if isinstance(error, ImageRefused):
+            return cls(error.id, error.code, error.text, file)
+        if isinstance(error, OSError):
+            text = f"it cannot be opened ({error.strerror or error}); check path and rights"
+            return cls.of("MM-IO-001", text, file)
+        if isinstance(error, MemoryError):
+            return cls.of("MM-IO-063", "the memory does not suffice to read it; give more", file)
+        return cls.of("MM-IO-064", f"{type(error).__name__}: {error}; please report it", file)
 
     @classmethod
     def of_note(cls, note: Note, file: str) -> Finding:

@@ -96,6 +96,13 @@ MESSAGES: dict[str, Message] = {
     ),
     "MM-IO-063": Message("memory", "not enough memory to read it", "use a machine or a container with more memory"),
     "MM-IO-064": Message("internal", "a bug", "report it with the text"),
+    "MM-IO-065": Message("no-label", "a case without a label map", "add the label map or remove the image"),
+    "MM-IO-066": Message(
+        "label-geometry",
+        "a label map on another grid than its image",
+        "resample it; where it only lies elsewhere, look at both, then correct it or say `--allow-shift`",
+    ),
+    "MM-IO-067": Message("label-values", "a label map with other values than 0, 1, 2, ... 65535", "save classes"),
     # Notes: the image is used.
     "MM-IO-070": _note("suffix", "compressed although its name says otherwise, or the reverse", "rename it"),
     "MM-IO-071": _note("trailing", "bytes after the end of the data", "see that the header has the right axes"),
@@ -135,6 +142,8 @@ MESSAGES: dict[str, Message] = {
     "MM-IO-091": _note(
         "extent", "less than 10 mm or more than 3 m across", "see that the header has the right unit and spacing"
     ),
+    "MM-IO-092": _note("label-shift", "a label map lies elsewhere, as `--allow-shift` allows", "look at both"),
+    "MM-IO-093": _note("empty-label", "a label map of background only", "see that it is right"),
 }
 
 

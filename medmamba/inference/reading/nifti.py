@@ -144,7 +144,7 @@ def _shape_of(header: Any, notes: list[Note]) -> tuple[tuple[int, int, int], int
     return (dims[0], dims[1], dims[2]), volumes
 
 
-def _content(path: Path, compressed: bool, layout: _Layout, notes: list[Note]) -> bytes | bytearray:
+def _content(path: Path, compressed: bool, layout: _Layout, notes: list[Note]) -> bytearray:
     """The whole file, decompressed."""
     stored = path.stat().st_size
     if layout.end > (stored * MOST_INFLATION if compressed else stored):
@@ -153,7 +153,9 @@ def _content(path: Path, compressed: bool, layout: _Layout, notes: list[Note]) -
             "MM-IO-004", f"its header announces {layout.end} bytes, {what} are there; copy or download it again"
         )
     if not compressed:
-        content: bytes | bytearray = bytearray(path.read_bytes())
+        content = bytearray(stored)
+        with path.open("rb") as stream:
+            del content[stream.readinto(content) :]
         trailing = len(content) - layout.end
     else:
         inflated = inflate(path, "gzip", limit=layout.end + _MOST_EXTENSION_BYTES)
