@@ -1,1 +1,1 @@
-"""What happens before and after the network: checked reading, and scoring (prediction itself is nnU-Net's)."""
+"""What happens before and after the network: checked reading, checks of folders, orientation, and scoring."""

@@ -661,6 +661,37 @@ def test_a_volume_of_a_series_in_other_formats_is_that_volume(tmp_path, suffix):
     assert np.array_equal(found.values, values[2])
 
 
+REAL = [
+    ("anatomical.nii", ""),
+    ("functional.nii", "MM-IO-023"),
+    ("resampled_anat_moved.nii", "MM-IO-050"),  # a seventh of it is NaN
+    ("tiny.mnc", "MM-IO-007"),
+    ("prostate_phantom_subvolume-label.nrrd", ""),
+    ("dicom_STS_025_MR_T1", ""),
+    ("STS_025_MR_T1_image.nii.gz", ""),
+    ("STS_025_MR_T1_mask.nii.gz", ""),
+    ("ibsi_orientation.nii.gz", ""),
+]
+
+
+@pytest.mark.parametrize(("name", "identifier"), REAL, ids=lambda value: value)
+def test_odd_real_images_are_taken_without_a_note_or_refused(odd_images, name, identifier):
+    if not identifier:
+        assert settled(read_image(odd_images / name)).notes == ()
+        return
+    with pytest.raises(ImageRefused) as caught:
+        settled(read_image(odd_images / name))
+    assert caught.value.id == identifier
+
+
+@pytest.mark.parametrize("volume", [0, 7, 19])
+def test_a_volume_of_a_real_series_agrees_with_nibabel(odd_images, volume):
+    expected = nibabel.load(odd_images / "functional.nii")
+    found = read_image(odd_images / "functional.nii", volume=volume)
+    assert np.allclose(found.values, np.asarray(expected.dataobj)[..., volume].T, rtol=1e-6)
+    assert np.allclose(found.affine, expected.affine)
+
+
 def test_an_unreadable_file_is_an_error_of_the_system(tmp_path):
     with pytest.raises(FileNotFoundError):
         read_image(tmp_path / "nothing.nii")
