@@ -13,7 +13,7 @@ from __future__ import annotations
 from .description import EncoderDescription
 from .encoder import load_encoder, read_encoder, write_encoder
 from .errors import WeightsError
-from .files import read_checkpoint
+from .files import read_checkpoint, read_training
 from .load import load_published
 from .nnssl import write_nnssl_checkpoint
 from .report import Report
@@ -26,6 +26,7 @@ __all__ = [
     "load_published",
     "read_checkpoint",
     "read_encoder",
+    "read_training",
     "write_encoder",
     "write_nnssl_checkpoint",
 ]

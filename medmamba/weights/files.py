@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 import re
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -52,9 +51,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     Raises:
         WeightsError: the file is missing, damaged, wants to run code, or holds no weights.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise WeightsError(f"{path} is no file; give a checkpoint (.pth, .pt or .safetensors)")
+    path = _existing(path)
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
     candidates = [content, *(content[key] for key in WRAPPERS if isinstance(content, Mapping) and key in content)]
     for candidate in candidates:
@@ -66,20 +63,45 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     )
 
 
+def read_training(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """A whole checkpoint of a training, as nnU-Net's: ``network_weights`` and what lies beside them, on the CPU.
+
+    Args:
+        path: of a file of ``torch.save``. Pickled code is not run, as in :func:`read_checkpoint`; a numpy scalar comes
+            as an object without a value.
+
+    Raises:
+        WeightsError: the file is missing, damaged, wants to run code, or is no checkpoint of a training.
+    """
+    path = _existing(path)
+    content = _read_pickle(path)
+    weights = content.get("network_weights") if isinstance(content, Mapping) else None
+    if not isinstance(weights, Mapping) or not weights or not all(isinstance(v, Tensor) for v in weights.values()):
+        raise WeightsError(f"{path} has no network_weights; give a checkpoint that nnU-Net wrote in training")
+    return dict(content)
+
+
+def _existing(path: str | os.PathLike[str]) -> Path:
+    path = Path(path)
+    if not path.is_file():
+        raise WeightsError(f"{path} is no file; give a checkpoint (.pth, .pt or .safetensors)")
+    return path
+
+
 def _read_pickle(path: Path) -> Any:
     try:
         with torch.serialization.safe_globals(_STAND_INS):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+    except Exception as error:  # a damaged file makes torch raise anything
         wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
         if wanted is None:
-            raise WeightsError(f"{path} is damaged or no file of torch.save; download it again") from error
+            raise WeightsError(
+                f"{path} is damaged or no file of torch.save ({first_line(error)}); download it again"
+            ) from error
         raise WeightsError(
             f"{path} is not weights alone: reading it would run code ({wanted[1]}); where you trust it, save its state "
             "dict alone with torch.save or as safetensors"
         ) from error
-    except (OSError, RuntimeError, EOFError, ValueError) as error:
-        raise WeightsError(f"{path} cannot be read as weights ({first_line(error)}); download it again") from error
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from medmamba.weights import WeightsError, read_checkpoint
+from medmamba.weights import WeightsError, read_checkpoint, read_training
 
 WEIGHTS = {"layers.0.weight": torch.arange(6.0).view(2, 3), "layers.0.bias": torch.zeros(2)}
 
@@ -98,3 +98,20 @@ def test_a_damaged_file_is_refused(tmp_path, content):
 def test_a_missing_file_is_named(tmp_path, name):
     with pytest.raises(WeightsError, match="is no file; give a checkpoint"):
         read_checkpoint(tmp_path / name)
+
+
+def test_what_lies_beside_the_weights_of_a_training_is_read(tmp_path):
+    torch.save({"network_weights": WEIGHTS, "trainer_name": "T", "_best_ema": np.float64(0.5)}, tmp_path / "w.pth")
+    content = read_training(tmp_path / "w.pth")
+    assert list(content) == ["network_weights", "trainer_name", "_best_ema"]
+    assert content["trainer_name"] == "T"
+    assert all(torch.equal(content["network_weights"][key], tensor) for key, tensor in WEIGHTS.items())
+
+
+@pytest.mark.parametrize(
+    "content", [{"model": WEIGHTS}, {"network_weights": {}}, {"network_weights": [1]}, []], ids=str
+)
+def test_a_file_that_no_training_wrote_is_refused(tmp_path, content):
+    torch.save(content, tmp_path / "w.pth")
+    with pytest.raises(WeightsError, match="has no network_weights"):
+        read_training(tmp_path / "w.pth")
