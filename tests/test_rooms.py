@@ -60,10 +60,11 @@ ROOMS: dict[str, Room] = {
     "medmamba.weights": Room(
         ("medmamba_kernels", *NETWORK_ROOMS, "medmamba.files"), TORCH, lazy=frozenset({"safetensors"})
     ),
+    # nnU-Net: plans of before its version 2.5 are read with its own function. It does not search for classes here.
     "medmamba.inference": Room(
         (*LOWER, "medmamba.inference.orientation", "medmamba.inference.reading"),
         TORCH | ARRAYS,
-        lazy=IO_LIBRARIES | {"monai", "nnunetv2"},
+        lazy=IO_LIBRARIES | {"monai", "nnunetv2", "safetensors"},
     ),
     # Also read by the corpora of pretraining; a process that only reads images does not import torch.
     "medmamba.inference.reading": Room(third_party=IO_LIBRARIES | {"numpy"}),
@@ -96,7 +97,9 @@ ROOMS: dict[str, Room] = {
     "medmamba.bench.plot": Room((*LOWER, "medmamba.bench"), frozenset({"matplotlib"})),  # loaded when a plot is wanted
     "medmamba.diagnostics": Room(("medmamba_kernels", *NETWORK_ROOMS), TORCH),
     "medmamba.info": Room(
-        (*LOWER, "medmamba.diagnostics", "medmamba.nnunet"), TORCH, lazy=frozenset({"matplotlib", "nnunetv2", "numpy"})
+        (*LOWER, "medmamba.diagnostics", "medmamba.inference", "medmamba.nnunet"),
+        TORCH,
+        lazy=frozenset({"matplotlib", "nnunetv2", "numpy"}),
     ),
     "medmamba.command": Room(),
     "medmamba.files": Room(),
