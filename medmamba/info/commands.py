@@ -10,7 +10,10 @@ from medmamba.command import Command, CommandError
 
 def _configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "network", nargs="?", metavar="NETWORK", help="e.g. vmunet; default: the one that the plans name"
+        "network",
+        nargs="?",
+        metavar="NETWORK",
+        help="e.g. vmunet; default: the one that the plans name; or the folder of a model package, without options",
     )
     parser.add_argument(
         "--plans",
@@ -43,7 +46,10 @@ def _configure(parser: argparse.ArgumentParser) -> None:
 def _run(arguments: argparse.Namespace) -> int:
     from medmamba.info import report
     from medmamba.info.subject import Wish, find_subject
+    from medmamba.networks import NETWORKS
 
+    if arguments.network is not None and arguments.network not in NETWORKS and _is_place(arguments.network):
+        return _describe_package(arguments)
     if arguments.horizon is not None and not arguments.horizon.resolve().parent.is_dir():
         raise CommandError(f"{arguments.horizon.resolve().parent} is not a folder; create it or choose another place")
     subject = find_subject(
@@ -74,8 +80,26 @@ def _run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _is_place(text: str) -> bool:
+    return Path(text).is_dir() or Path(text).name != text
+
+
+def _describe_package(arguments: argparse.Namespace) -> int:
+    from medmamba.info.package import describe
+
+    options = [name for name, value in vars(arguments).items() if name != "network" and value]
+    if options:
+        raise CommandError(
+            f"{arguments.network} is no network, so a model package, which takes no --{options[0].replace('_', '-')}; "
+            "leave it out"
+        )
+    for line in describe(Path(arguments.network)):
+        print(line)
+    return 0
+
+
 INFO = Command(
-    help="parameters, work and memory of a network, and how far its scans remember",
+    help="parameters, work and memory of a network and how far its scans remember; or what a model package is",
     configure=_configure,
     run=_run,
 )
