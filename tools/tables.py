@@ -74,6 +74,13 @@ def changes_lists() -> str:
     return "\n".join(lines).rstrip()
 
 
+def model_problems_table() -> str:
+    """Ids of the refusals of model packages."""
+    from medmamba.inference.model import PROBLEMS
+
+    return _table(["id", "meaning"], [[code, meaning] for code, meaning in PROBLEMS.items()])
+
+
 def route_sets_table() -> str:
     from medmamba_kernels import ROUTE_SETS
 
@@ -287,6 +294,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "first-table-paired": first_table_paired,
     "messages-notes": lambda: messages_table(refuses=False),
     "messages-refusals": lambda: messages_table(refuses=True),
+    "model-problems": model_problems_table,
     "networks": networks_table,
     "networks-readme": lambda: networks_table("docs/reference/networks.md"),
     "recipes": recipes_table,
