@@ -1,1 +1,1 @@
-"""What happens before and after the network: checked reading, checks of folders, orientation, and scoring."""
+"""Prediction and what surrounds it: checked reading, checks of folders, orientation, model packages, and scoring."""

@@ -425,9 +425,17 @@ def test_a_model_cannot_be_changed_through_what_it_returns(package):
     model.plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]["strides"] = []
     model.configuration["spacing"] = []
     model.dataset_json["labels"] = {}
+    model.description.plans.clear()
     assert model.network(0) is not None
     assert len(model.configuration["spacing"]) == 3
     assert len(model.labels) == 3
+
+
+def test_a_model_does_not_depend_on_the_current_folder(package, tmp_path, monkeypatch):
+    monkeypatch.chdir(package.parent)
+    model = load_model(package.name)
+    monkeypatch.chdir(tmp_path)
+    assert model.network(0) is not None
 
 
 def test_a_loaded_package_is_not_written_to(package):

@@ -73,7 +73,7 @@ def export_model(
         ModelRefused: with an id of ``PROBLEMS``; nothing was written.
         OSError: the disk is full or the folder is not writable; nothing was written.
     """
-    out = Path(out)
+    out = Path(out).absolute()
     _check_place(out)
     run = find_run(run_folder, folds, checkpoint)
     first = _facts(run, run.folds[0])
@@ -117,7 +117,8 @@ def seal_card(path: str | os.PathLike[str]) -> Model:
         OSError: the folder is full or not writable.
     """
     package = open_package(path)
-    sums = {**package.sums, CARD: hashlib.sha256((package.folder / CARD).read_bytes()).hexdigest()}
+    with (package.folder / CARD).open("rb") as stream:
+        sums = {**package.sums, CARD: hashlib.file_digest(stream, "sha256").hexdigest()}
     content = sums_of(sums)
     sealed = load_opened(Package(package.folder, sums, hashlib.sha256(content).hexdigest()))
     write_atomically(package.folder / SUMS, lambda temporary: Path(temporary).write_bytes(content))

@@ -21,19 +21,18 @@ from .problems import ModelRefused, shown
 from .tensors import check_file, check_finite, check_fit, count_tensors, facts, from_bytes, parameters, stored_dtype
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Model:
     """A model package that was checked. Values are copies: changing them does not change the model.
 
     Attributes:
-        description: all of model.json.
         card: text of MODEL_CARD.md.
         parameters: of one fold.
     """
 
-    description: Description
     card: str
     parameters: int
+    _description: Description = field(repr=False)
     _package: Package = field(repr=False)
     _expected: Mapping[str, Tensor] = field(repr=False)
     _aliases: Mapping[str, str] = field(repr=False)
@@ -49,64 +48,69 @@ class Model:
         return self._package.folder
 
     @property
+    def description(self) -> Description:
+        """All of model.json."""
+        return deepcopy(self._description)
+
+    @property
     def name(self) -> str:
-        return self.description.name
+        return self._description.name
 
     @property
     def plans(self) -> dict[str, Any]:
         """Plans of nnU-Net with one configuration, for its ``PlansManager``."""
-        return deepcopy(self.description.plans)
+        return deepcopy(self._description.plans)
 
     @property
     def configuration_name(self) -> str:
-        return self.description.configuration
+        return self._description.configuration
 
     @property
     def configuration(self) -> dict[str, Any]:
         """The configuration of the plans, with what it inherited."""
-        return deepcopy(self.description.settings)
+        return deepcopy(self._description.settings)
 
     @property
     def dataset_json(self) -> dict[str, Any]:
-        return deepcopy(self.description.dataset)
+        return deepcopy(self._description.dataset)
 
     @property
     def labels(self) -> Mapping[int, str]:
         """Value in a segmentation -> name, background included; see :class:`Labels` for regions."""
-        return self.description.labels.names
+        return self._description.labels.names
 
     @property
     def channel_names(self) -> list[str]:
         """Names of the image channels, in the order of the network's input."""
-        return channel_names(self.description.dataset)
+        return channel_names(self._description.dataset)
 
     @property
     def outputs(self) -> Labels:
         """What the outputs of the network mean."""
-        return self.description.labels
+        return self._description.labels
 
     @property
     def fingerprint(self) -> dict[str, Any] | None:
-        return deepcopy(self.description.fingerprint)
+        return deepcopy(self._description.fingerprint)
 
     @property
     def orientation(self) -> str:
         """ "SAR": images are turned to superior, anterior, right first; "file": they are taken as they lie."""
-        return self.description.orientation
+        return self._description.orientation
 
     @property
     def mirror_axes(self) -> tuple[int, ...]:
         """Spatial axes of the network's input along which a prediction may be mirrored."""
-        return tuple(self.description.inference_allowed_mirroring_axes or ())
+        return tuple(self._description.inference_allowed_mirroring_axes or ())
 
     @property
     def folds(self) -> tuple[str, ...]:
         """Folds of the package: "0", "1", ... or "all"."""
-        return self.description.folds
+        return self._description.folds
 
     @property
     def network_name(self) -> str:
-        return network_name(self.description.settings["architecture"])
+        return network_name(self._description.settings["architecture"])
 
     def network(self, fold: str | int) -> nn.Module:
         """The network of a fold: on the CPU, float32, in eval mode, without deep supervision.
@@ -124,12 +128,10 @@ class Model:
                 "MM-MD-018", f"{self.path} has no fold {shown(fold)}; it has {', '.join(self.folds)}: take one of these"
             )
         tensors = self._weights(fold)
-        description = self.description
+        about = self._description
         # Drawing initial values, which are replaced at once, must not change what the caller draws next.
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-            network = build(
-                description.settings["architecture"], description.input_channels, description.labels.num_heads
-            )
+            network = build(about.settings["architecture"], about.input_channels, about.labels.num_heads)
         network.load_state_dict({key: tensors[name] for key, name in self._aliases.items()}, strict=True)
         return network
 
@@ -137,7 +139,7 @@ class Model:
         """Weights of a fold from the bytes whose checksum was compared."""
         name = weights_file(fold)
         tensors = from_bytes(self._package.read(name), self.path / name)
-        precision = self.description.precision
+        precision = self._description.precision
         wanted = {key: (tuple(t.shape), stored_dtype(t, precision)) for key, t in self._expected.items()}
         check_fit(self.path / name, facts(tensors), wanted)
         for key, tensor in tensors.items():
@@ -177,7 +179,7 @@ def load_opened(package: Package) -> Model:
     expected, aliases = expected_tensors(block, description.input_channels, labels.num_heads, num_tensors)
     for fold, file in files.items():
         check_file(file, expected, description.precision, binding, fold)
-    return Model(description, card, parameters(expected.values()), package, expected, aliases)
+    return Model(card, parameters(expected.values()), description, package, expected, aliases)
 
 
 def _check_files(package: Package, description: Description) -> None:

@@ -81,7 +81,7 @@ def open_package(folder: str | os.PathLike[str]) -> Package:
     Raises:
         ModelRefused: MM-MD-001 to MM-MD-005, MM-MD-007.
     """
-    folder = Path(folder)
+    folder = Path(folder).absolute()
     found = _listed(folder)
     if SUMS not in found or MODEL not in found:
         raise ModelRefused(
