@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import os
 import tempfile
@@ -9,28 +11,70 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+_TEMPORARY = ".tmp"
 
-def write_atomically(path: str | os.PathLike[str], write: Callable[[str], object]) -> None:
+
+def write_atomically(
+    path: str | os.PathLike[str], write: Callable[[str], object], check: Callable[[str], object] | None = None
+) -> None:
     """Call ``write`` with a temporary path in the same folder, then move the result to ``path``.
 
-    An existing ``path`` stays as it is until the new content is complete and on disk; when ``write`` raises,
-    nothing is left behind.
+    An existing ``path`` stays as it is until the new content is complete and on disk; when ``write`` or ``check``
+    raises, nothing is left behind. A killed process can leave its temporary file (:func:`temporaries_of` finds it).
+
+    Args:
+        check: called with the temporary path once its content is on disk; raises what speaks against the move.
 
     Raises:
         OSError: the folder is missing, full or not writable.
     """
     path = Path(path)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=_TEMPORARY, dir=path.parent)
     os.close(handle)
     try:
         Path(temporary).chmod(0o666 & ~_umask())
         write(temporary)
         with Path(temporary).open("rb") as stream:
             os.fsync(stream.fileno())
+        if check is not None:
+            check(temporary)
         Path(temporary).replace(path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+    _sync_folder(path.parent)
+
+
+def temporaries_of(path: str | os.PathLike[str]) -> list[Path]:
+    """What killed processes left of :func:`write_atomically` for ``path``; or what a living one is just writing."""
+    path = Path(path)
+    start = f".{path.name}."
+    return sorted(p for p in path.parent.iterdir() if p.name.startswith(start) and p.name.endswith(_TEMPORARY))
+
+
+def append_line(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
+    """Append one line of JSON and wait until it is on the disk.
+
+    Raises:
+        TypeError: a value cannot be written as JSON.
+        ValueError: a number is NaN or infinite, which JSON has no word for.
+        OSError: the disk is full, or the file cannot be written.
+    """
+    line = json.dumps(content, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+    with Path(path).open("ab") as stream:
+        stream.write(line)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def sha256_of(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file's bytes, 64 hexadecimal digits.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with Path(path).open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def write_json(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
@@ -42,6 +86,20 @@ def write_json(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None
     """
     text = json.dumps(content, indent=4) + "\n"
     write_atomically(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+
+
+def _sync_folder(folder: Path) -> None:
+    """Bring a new name in a folder to the disk, where the system can: without it a power cut may take the name back."""
+    if os.name != "posix":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems sync no folders
+            raise
+    finally:
+        os.close(handle)
 
 
 def _umask() -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from medmamba.files import write_atomically, write_json
+from medmamba.files import append_line, sha256_of, temporaries_of, write_atomically, write_json
 
 
 def test_json_comes_back_with_its_order(tmp_path):
@@ -42,3 +42,33 @@ def test_the_file_is_as_readable_as_any_new_file(tmp_path):
     write_json(tmp_path / "ours", {})
     modes = {name: stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("ordinary", "ours")}
     assert modes["ours"] == modes["ordinary"]
+
+
+def test_a_content_that_fails_its_check_never_gets_the_name(tmp_path):
+    def refuse(temporary: str) -> None:
+        assert Path(temporary).read_text() == "new"
+        raise ValueError("not what was meant")
+
+    with pytest.raises(ValueError, match="not what was meant"):
+        write_atomically(tmp_path / "file", lambda temporary: Path(temporary).write_text("new"), refuse)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_kill_leaves_is_found_by_the_name_it_was_for(tmp_path):
+    seen = []
+    write_atomically(tmp_path / "case.nii.gz", lambda _: seen.extend(temporaries_of(tmp_path / "case.nii.gz")))
+    assert len(seen) == 1
+    assert temporaries_of(tmp_path / "case.nii.gz") == temporaries_of(tmp_path / "other") == []
+
+
+def test_lines_are_appended_in_utf8_and_nan_is_refused(tmp_path):
+    append_line(tmp_path / "lines", {"name": "Leber ü"})
+    append_line(tmp_path / "lines", {"ml": 1.5})
+    with pytest.raises(ValueError, match="JSON"):
+        append_line(tmp_path / "lines", {"ml": float("nan")})
+    assert (tmp_path / "lines").read_text("utf-8") == '{"name": "Leber ü"}\n{"ml": 1.5}\n'
+
+
+def test_sha256_is_that_of_the_bytes(tmp_path):
+    (tmp_path / "file").write_bytes(b"abc")
+    assert sha256_of(tmp_path / "file").startswith("ba7816bf8f01cfea414140de5dae2223")

@@ -45,7 +45,7 @@ class Room:
     lazy: frozenset[str] = field(default_factory=frozenset)
 
 
-LOWER = ("medmamba_kernels", *NETWORK_ROOMS, "medmamba.command", "medmamba.files")
+LOWER = ("medmamba_kernels", *NETWORK_ROOMS, "medmamba.command", "medmamba.files", "medmamba.stop")
 TORCH = frozenset({"torch"})
 TRITON_KERNELS = "medmamba_kernels.backends._triton_kernels"
 TRITON_SSD = "medmamba_kernels.backends._triton_ssd"
@@ -103,6 +103,7 @@ ROOMS: dict[str, Room] = {
     ),
     "medmamba.command": Room(),
     "medmamba.files": Room(),
+    "medmamba.stop": Room(),
     "medmamba.cli": Room(("medmamba.command",)),
     "medmamba": Room(("medmamba.networks",)),
 }

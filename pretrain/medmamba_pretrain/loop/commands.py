@@ -34,10 +34,10 @@ def _configure(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    from medmamba.stop import StopRequest
     from medmamba_pretrain.recipe import read_recipe
 
     from .processes import join_processes
-    from .stop import StopRequest
     from .train import Machine, run
 
     if arguments.micro_batch < 0 or (arguments.workers or 0) < 0:

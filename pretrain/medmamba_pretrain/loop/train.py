@@ -13,6 +13,7 @@ from pathlib import Path
 from torch import Tensor
 
 from medmamba.command import CommandError
+from medmamba.stop import EXIT_INTERRUPTED, StopRequest
 from medmamba_pretrain.corpus.crops import CropReader
 from medmamba_pretrain.corpus.store import Store
 from medmamba_pretrain.model import decay_statistics
@@ -24,7 +25,6 @@ from .export import write_run_encoder
 from .learner import Learner
 from .monitor import Monitor
 from .processes import Processes
-from .stop import StopRequest
 from .stream import Crops, CropStream, loader_of
 from .validation import Validation, held_out
 
@@ -33,7 +33,6 @@ _log = logging.getLogger(__name__)
 #: Damaged volumes that are always accepted, so that a short run does not stop for one.
 _FEW = 4
 ENCODER = "encoder.safetensors"
-RESUMABLE = 75
 
 
 @dataclass(frozen=True)
@@ -103,7 +102,7 @@ class Run:
                 if self._is_asked(stop):
                     self._save()
                     self._tell("stopped at step %d; the same command continues", self._step)
-                    return RESUMABLE
+                    return EXIT_INTERRUPTED
                 self._one_step(batches, monitor)
                 if self._is_due(self._recipe.validate_every) and validation is not None and monitor is not None:
                     monitor.validation(self._step, validation.run(self._learner.model))

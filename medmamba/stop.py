@@ -1,0 +1,43 @@
+"""Ending a run from outside: at the next point where nothing is half done."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType
+
+#: What a program returns that was asked to stop and goes on where it was when it is started again (EX_TEMPFAIL).
+EXIT_INTERRUPTED = 75
+
+
+class Stopped(Exception):
+    """Work was given up half done because somebody asked for it; nothing is wrong with it."""
+
+
+class StopRequest:
+    """Whether SIGTERM, SIGINT or SIGUSR1 came since ``with``; a second SIGINT interrupts at once.
+
+    Schedulers and container engines send SIGTERM, or SIGUSR1 if asked to, some time before they kill. Nothing happens
+    within the handler but a note, so a signal is harmless wherever it arrives. Python gives signals to the main thread
+    alone: in another one nothing is asked for.
+    """
+
+    def __init__(self) -> None:
+        self.is_asked = False
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            numbers = [signal.SIGTERM, signal.SIGINT, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else [])]
+            self._before = {number: signal.signal(number, self._note) for number in numbers}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+        self._before = {}
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.is_asked:
+            raise KeyboardInterrupt
+        self.is_asked = True
