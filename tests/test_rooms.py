@@ -69,6 +69,7 @@ ROOMS: dict[str, Room] = {
     # Also read by the corpora of pretraining; a process that only reads images does not import torch.
     "medmamba.inference.reading": Room(third_party=IO_LIBRARIES | {"numpy"}),
     "medmamba.inference.orientation": Room(third_party=frozenset({"nibabel", "numpy"})),
+    "medmamba.inference.writing": Room(("medmamba.files", "medmamba.inference.reading"), IO_LIBRARIES | {"numpy"}),
     "medmamba.nnunet": Room((*LOWER, "medmamba.inference"), TORCH | {"nnunetv2", "numpy"}),
     "medmamba_plans": Room(
         (*LOWER, "medmamba.diagnostics", "medmamba.nnunet", "medmamba_plans.results"),

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import importlib.util
 import json
+import locale
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import nibabel
@@ -251,8 +256,12 @@ def copied(package, tmp_path) -> Path:
     """A copy of the package that the test may change."""
     return Path(shutil.copytree(package, tmp_path / "copied"))
 
+ODD_IMAGES = Path(__file__).resolve().parents[1] / "data" / "odd_images"
+SHAPE_XYZ = (14, 12, 10)
+FAKE_RUN = Path(__file__).with_name("fake_run.py")
 
 WriteNifti = Callable[..., Path]
+WriteImage = Callable[..., Path]
 
 
 @pytest.fixture(scope="session")
@@ -293,3 +302,103 @@ def ids_in() -> Callable[[str], set[str]]:
         return found
 
     return ids
+
+
+@pytest.fixture
+def affine() -> np.ndarray:
+    """(4, 4), turned about the patient's axis, no two axes alike."""
+    return np.array([[1.2, -1.5, 0, -20], [0.9, 2.0, 0, 7.5], [0, 0, 3.0, 100], [0, 0, 0, 1]], np.float64)
+
+
+@pytest.fixture
+def write_image(affine: np.ndarray) -> WriteImage:
+    """Writes a NIfTI with a bright box in noise: a path, and what differs from the usual."""
+
+    def write(path: Path, seed: int = 0, at: np.ndarray | None = None, values: np.ndarray | None = None) -> Path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if values is None:
+            values = np.random.default_rng(seed).integers(-100, 0, SHAPE_XYZ).astype(np.int16)
+            values[3:9, 4:8, 2 + seed % 3 : 7] = 100
+        image = nibabel.Nifti1Image(values, affine if at is None else at)
+        image.header.set_xyzt_units("mm")
+        nibabel.save(image, path)
+        return path
+
+    return write
+
+
+@pytest.fixture
+def mount_disk(tmp_path) -> Iterator[Callable[[str], Path]]:
+    """Mounts a file system of a given size, e.g. "64k"."""
+    mounted: list[Path] = []
+
+    def mount(size: str) -> Path:
+        folder = tmp_path / f"disk{len(mounted)}"
+        folder.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+        if subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("a small file system cannot be mounted here: no right to")
+        mounted.append(folder)
+        return folder
+
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def _load_fake_run() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("fake_run", FAKE_RUN)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["fake_run"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def fake() -> ModuleType:
+    """The module ``fake_run``: ``Threshold`` predicts 1 where an image is bright."""
+    return _load_fake_run()
+
+
+@pytest.fixture
+def five(tmp_path, write_image) -> Path:
+    """A folder of five images, one of which is junk."""
+    for k in range(4):
+        write_image(tmp_path / "in" / f"case_{k}.nii.gz", seed=k)
+    (tmp_path / "in" / "case_9.nii.gz").write_bytes(b"this is no image at all" * 20)
+    return tmp_path / "in"
+
+
+@pytest.fixture
+def write_dicom() -> Callable[[Path], None]:
+    """Writes a series of eight slices into a new folder."""
+
+    def write(folder: Path) -> None:
+        import SimpleITK
+
+        before = locale.setlocale(locale.LC_CTYPE)
+        folder.mkdir(parents=True)
+        writer = SimpleITK.ImageFileWriter()
+        writer.KeepOriginalImageUIDOn()
+        for k in range(8):
+            values = np.full((12, 14), 100 * (k % 2), np.int16)
+            image = SimpleITK.GetImageFromArray(values)
+            image.SetSpacing([1.5, 2.0])
+            tags = {
+                "0008|0008": "DERIVED\\SECONDARY",
+                "0008|0060": "CT",
+                "0020|000d": "1.2.3",
+                "0020|000e": "1.2.3.4",
+                "0020|0013": str(k),
+                "0020|0032": f"-10\\20\\{3.0 * k}",
+                "0020|0037": "1\\0\\0\\0\\1\\0",
+            }
+            for tag, value in tags.items():
+                image.SetMetaData(tag, value)
+            writer.SetFileName(str(folder / f"slice{k}.dcm"))
+            writer.Execute(image)
+        locale.setlocale(locale.LC_CTYPE, before)  # which the writer turns into C
+
+    return write
