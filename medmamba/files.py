@@ -6,12 +6,14 @@ import errno
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 _TEMPORARY = ".tmp"
+_TEMPORARY_NAME = re.compile(rf"\.(?P<name>.+)\.[^.]+{re.escape(_TEMPORARY)}")
 
 
 def write_atomically(
@@ -20,7 +22,7 @@ def write_atomically(
     """Call ``write`` with a temporary path in the same folder, then move the result to ``path``.
 
     An existing ``path`` stays as it is until the new content is complete and on disk; when ``write`` or ``check``
-    raises, nothing is left behind. A killed process can leave its temporary file (:func:`temporaries_of` finds it).
+    raises, nothing is left behind. A killed process can leave its temporary file (:func:`temporaries_in` finds it).
 
     Args:
         check: called with the temporary path once its content is on disk; raises what speaks against the move.
@@ -45,11 +47,17 @@ def write_atomically(
     _sync_folder(path.parent)
 
 
-def temporaries_of(path: str | os.PathLike[str]) -> list[Path]:
-    """What killed processes left of :func:`write_atomically` for ``path``; or what a living one is just writing."""
-    path = Path(path)
-    start = f".{path.name}."
-    return sorted(p for p in path.parent.iterdir() if p.name.startswith(start) and p.name.endswith(_TEMPORARY))
+def temporaries_in(folder: str | os.PathLike[str]) -> dict[Path, str]:
+    """What killed processes left of :func:`write_atomically` in a folder, or living ones are just writing there.
+
+    Returns:
+        Temporary paths and the names that they were for.
+
+    Raises:
+        OSError: the folder cannot be read.
+    """
+    found = {path: _TEMPORARY_NAME.fullmatch(path.name) for path in sorted(Path(folder).iterdir())}
+    return {path: match["name"] for path, match in found.items() if match is not None}
 
 
 def append_line(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
@@ -60,9 +68,12 @@ def append_line(path: str | os.PathLike[str], content: Mapping[str, Any]) -> Non
         ValueError: a number is NaN or infinite, which JSON has no word for.
         OSError: the disk is full, or the file cannot be written.
     """
-    line = json.dumps(content, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+    try:
+        line = json.dumps(content, ensure_ascii=False, allow_nan=False).encode()
+    except UnicodeEncodeError:  # a file name that is no UTF-8: JSON can only escape it
+        line = json.dumps(content, allow_nan=False).encode()
     with Path(path).open("ab") as stream:
-        stream.write(line)
+        stream.write(line + b"\n")
         stream.flush()
         os.fsync(stream.fileno())
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from medmamba.files import append_line, sha256_of, temporaries_of, write_atomically, write_json
+from medmamba.files import append_line, sha256_of, temporaries_in, write_atomically, write_json
 
 
 def test_json_comes_back_with_its_order(tmp_path):
@@ -54,11 +54,13 @@ def test_a_content_that_fails_its_check_never_gets_the_name(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_a_kill_leaves_is_found_by_the_name_it_was_for(tmp_path):
-    seen = []
-    write_atomically(tmp_path / "case.nii.gz", lambda _: seen.extend(temporaries_of(tmp_path / "case.nii.gz")))
-    assert len(seen) == 1
-    assert temporaries_of(tmp_path / "case.nii.gz") == temporaries_of(tmp_path / "other") == []
+def test_what_a_kill_leaves_is_found_with_the_name_it_was_for(tmp_path):
+    seen = {}
+    (tmp_path / ".other.tmp").write_text("")
+    write_atomically(tmp_path / "case.nii.gz", lambda temporary: seen.update({temporary: temporaries_in(tmp_path)}))
+    ((temporary, found),) = seen.items()
+    assert found == {Path(temporary): "case.nii.gz"}
+    assert temporaries_in(tmp_path) == {}
 
 
 def test_lines_are_appended_in_utf8_and_nan_is_refused(tmp_path):
@@ -67,6 +69,11 @@ def test_lines_are_appended_in_utf8_and_nan_is_refused(tmp_path):
     with pytest.raises(ValueError, match="JSON"):
         append_line(tmp_path / "lines", {"ml": float("nan")})
     assert (tmp_path / "lines").read_text("utf-8") == '{"name": "Leber ü"}\n{"ml": 1.5}\n'
+
+
+def test_a_name_that_is_no_utf8_comes_back_from_a_line(tmp_path):
+    append_line(tmp_path / "lines", {"name": "a\udcff"})
+    assert json.loads((tmp_path / "lines").read_bytes()) == {"name": "a\udcff"}
 
 
 def test_sha256_is_that_of_the_bytes(tmp_path):

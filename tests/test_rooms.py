@@ -70,6 +70,15 @@ ROOMS: dict[str, Room] = {
     "medmamba.inference.reading": Room(third_party=IO_LIBRARIES | {"numpy"}),
     "medmamba.inference.orientation": Room(third_party=frozenset({"nibabel", "numpy"})),
     "medmamba.inference.writing": Room(("medmamba.files", "medmamba.inference.reading"), IO_LIBRARIES | {"numpy"}),
+    # One process per folder that needs torch only where its predictor does.
+    "medmamba.inference.folder": Room(
+        (
+            *("medmamba.command", "medmamba.files", "medmamba.stop", "medmamba.inference"),
+            *("medmamba.inference.protocol", "medmamba.inference.reading", "medmamba.inference.writing"),
+        ),
+        frozenset({"numpy"}),
+    ),
+    "medmamba.inference.protocol": Room(("medmamba.inference.reading",), frozenset({"numpy"})),
     "medmamba.nnunet": Room((*LOWER, "medmamba.inference"), TORCH | {"nnunetv2", "numpy"}),
     "medmamba_plans": Room(
         (*LOWER, "medmamba.diagnostics", "medmamba.nnunet", "medmamba_plans.results"),

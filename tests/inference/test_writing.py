@@ -16,10 +16,10 @@ import nibabel
 import numpy as np
 import pytest
 import SimpleITK
-from hypothesis import given, settings
+from hypothesis import assume, given, reject, settings
 from hypothesis import strategies as st
 
-from medmamba.inference.reading import Image, read_image
+from medmamba.inference.reading import Image, ImageRefused, read_image
 from medmamba.inference.writing import (
     NAMES_ECODES,
     WRITABLE_SUFFIXES,
@@ -157,16 +157,16 @@ def test_any_affine_of_a_readable_nifti_comes_back(tmp_path_factory, matrix, off
     folder = tmp_path_factory.mktemp("any")
     affine = np.eye(4)
     affine[:3] = np.column_stack([np.reshape(matrix, (3, 3)), offset])
-    if abs(np.linalg.det(affine)) < 1e-3:
-        affine[:3, :3] += np.eye(3) * 60  # such a file is not readable
-    if abs(np.linalg.det(affine)) < 1e-3:
-        return
+    assume(abs(np.linalg.det(affine)) > 1e-6)
     image = nibabel.Nifti1Image(np.zeros((4, 3, 2), np.int16), affine)
     image.header.set_qform(affine, codes[0], strip_shears=True)
     image.header.set_sform(affine, codes[1])
     image.header["xyzt_units"] = units
     nibabel.save(image, folder / "image.nii")
-    like = read_image(folder / "image.nii")
+    try:
+        like = read_image(folder / "image.nii")
+    except ImageRefused:
+        reject()
     write_segmentation(folder / f"out{suffix}", some_labels(like), like, NAMES)
     back = read_image(folder / f"out{suffix}")
     np.testing.assert_allclose(back.affine, like.affine, rtol=1e-6, atol=1e-3)

@@ -1,7 +1,7 @@
 """A label volume as MetaImage or NRRD, and the way back through SimpleITK.
 
 Both are a text header and compressed voxels. They are written here and not by SimpleITK because its geometry passes
-through a matrix of unit vectors and its NRRD through a library that asks for ASCII.
+through a matrix of unit vectors, and so that the same labels are the same bytes with every version of it.
 """
 
 from __future__ import annotations
