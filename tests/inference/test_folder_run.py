@@ -128,6 +128,7 @@ ERRORS = [
         "MM-RN-001",
         "RuntimeError: DefaultCPUAllocator",
     ),
+    (RuntimeError("Failed to allocate memory for image."), "failed", "MM-RN-001", "RuntimeError: Failed"),
     (RuntimeError("first line\nsecond"), "failed", "MM-RN-003", "RuntimeError: first line"),
     (KeyError("a"), "failed", "MM-RN-003", "KeyError: 'a'"),
     (OSError(5, "Input/output error"), "failed", "MM-RN-003", "OSError: Input/output error"),
@@ -267,7 +268,8 @@ def test_a_second_run_keeps_what_verifies_and_does_nothing_else(run, fake, five,
     predictor = fake.Threshold()
     assert run(predictor) == 3
     assert predictor.predicted == 0
-    assert run.said[0] == "5 cases: 4 verified outputs kept, 0 partial removed, 1 to do"
+    assert run.said[:1] == ["checking the results of earlier runs"]
+    assert run.said[1] == "5 cases: 4 verified outputs kept, 0 partial removed, 1 to do"
     assert results(tmp_path / "out") == before
     assert times == {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in times}
 

@@ -8,6 +8,7 @@ import json
 import resource
 import signal
 import struct
+import time
 from dataclasses import replace
 from itertools import permutations, product
 from pathlib import Path
@@ -243,12 +244,14 @@ def test_the_type_is_that_of_the_model_and_not_of_the_case(tmp_path, write_image
 
 
 @pytest.mark.parametrize("suffix", WRITABLE_SUFFIXES)
-def test_equal_labels_are_equal_files_whatever_they_are_called(tmp_path, write_image, suffix):
+def test_equal_labels_are_equal_files_whatever_and_whenever(tmp_path, write_image, suffix, monkeypatch):
     image = read_image(write_image(tmp_path / "image.nii"))
     labels = some_labels(image)
     (tmp_path / "other").mkdir()
     first = write_segmentation(tmp_path / f"a{suffix}", labels, image, NAMES)
-    # Another memory layout, type and order of names.
+    # Another day, memory layout, type and order of names.
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 86400)
     again = np.asfortranarray(labels.astype(np.int64))
     second = write_segmentation(tmp_path / "other" / f"b{suffix}", again, image, dict(reversed(NAMES.items())))
     assert first == second

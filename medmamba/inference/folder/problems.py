@@ -48,10 +48,10 @@ def _identifier(error: Exception) -> str:
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return "MM-RN-001"
     text = str(error).lower()
-    # torch says so in a RuntimeError: of the GPU's allocator, or of the CPU's.
+    # torch says so in a RuntimeError, of the GPU's allocator or of the CPU's, and so does SimpleITK.
     if isinstance(error, RuntimeError) and "out of memory" in text:
         return "MM-RN-002"
-    if isinstance(error, RuntimeError) and ("can't allocate memory" in text or "not enough memory" in text):
+    if isinstance(error, RuntimeError) and ("allocate memory" in text or "not enough memory" in text):
         return "MM-RN-001"
     return "MM-RN-003"
 

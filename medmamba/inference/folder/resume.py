@@ -38,6 +38,11 @@ class Earlier:
             for name, count in unexplained(records).items():
                 self._unexplained[name] += count
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether no report knows a result."""
+        return not self._done
+
     def is_kept(self, case: Case, model: str, settings: Mapping[str, Any]) -> bool:
         """Whether the output of a case is there, unchanged, and what this run would write."""
         path = self._outputs.path_of(case)

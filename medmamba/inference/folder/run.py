@@ -135,6 +135,8 @@ class _Run:
     def _sort(self, cases: list[Case]) -> tuple[list[Case], list[Case]]:
         """What is kept and what is to do: last, what a run died of, so that it stops nothing else."""
         kept: list[Case] = []
+        if self._options.resume and not self._earlier.is_empty:
+            self._options.say("checking the results of earlier runs")  # reads all files: minutes on a slow disk
         for case in cases:
             if self._stop.is_asked:
                 break

@@ -154,7 +154,8 @@ def _compare(read: Callable[[Path], Image], path: Path, labels: NDArray[Any], li
         back = read(path)
     except (ImageRefused, RuntimeError) as error:
         raise WriteFailed("not-equal", f"it cannot be read back ({error}); check the disk and try again") from error
-    if back.values.dtype != labels.dtype or not np.array_equal(back.values, labels):
+    # Plane by plane: of whole volumes, the comparison would be a third one in memory.
+    if back.values.dtype != labels.dtype or not all(map(np.array_equal, back.values, labels)):
         raise WriteFailed("not-equal", "it reads back with other labels; check disk and memory and try again")
     if suffix.startswith(".nii") and like.header.kind == "nifti":
         # As text, because NaN is equal to nothing, and a file may hold it.
