@@ -256,6 +256,7 @@ def copied(package, tmp_path) -> Path:
     """A copy of the package that the test may change."""
     return Path(shutil.copytree(package, tmp_path / "copied"))
 
+
 ODD_IMAGES = Path(__file__).resolve().parents[1] / "data" / "odd_images"
 SHAPE_XYZ = (14, 12, 10)
 FAKE_RUN = Path(__file__).with_name("fake_run.py")
