@@ -17,10 +17,12 @@ from nnunetv2.preprocessing.resampling.default_resampling import resample_data_o
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import nn
 
-from medmamba.inference.predictor.case import StoppedError, Window, predict_case
-from medmamba.inference.predictor.labels import Decision
+from medmamba.inference.model.labels import read_labels
+from medmamba.inference.predictor.case import Window, predict_case
+from medmamba.inference.predictor.labels import decide
 from medmamba.inference.predictor.resample import axis_maps, resample_slabs
 from medmamba.inference.predictor.window import mean_of, predict_slabs, tile_starts, tile_weights, with_mirroring
+from medmamba.stop import Stopped
 
 SIZES = st.tuples(*[st.integers(1, 9)] * 3)
 
@@ -117,7 +119,7 @@ def test_labels_are_those_of_nnunet(shape, spacing, planned, patch, transpose, m
     dataset_json, values = dataset_of(3), blobs(shape)
     network = Smooth(3, len(patch)).eval()
     forward = with_mirroring(network, mirror) if mirror else network
-    ours = predict_case(values, spacing, forward, plans, "3d_fullres", dataset_json)
+    ours = predict_case(values, spacing, forward, plans, "3d_fullres", read_labels(dataset_json))
     theirs = by_nnunet(values, spacing, network, plans, dataset_json, mirror)
     assert ours.shape == theirs.shape == shape
     assert ours.dtype == np.uint8
@@ -134,7 +136,7 @@ def test_regions_are_those_of_nnunet():
     with torch.no_grad():
         network.conv.weight.fill_(10 / 125)
         network.conv.bias.copy_(torch.tensor([2.0, -1.0, -4.0]))
-    ours = predict_case(values, (1, 1, 1), network, plans, "3d_fullres", dataset_json)
+    ours = predict_case(values, (1, 1, 1), network, plans, "3d_fullres", read_labels(dataset_json))
     theirs = by_nnunet(values, (1, 1, 1), network, plans, dataset_json)
     assert len(np.unique(theirs)) == 4
     assert (ours != theirs).mean() < 2e-3
@@ -215,9 +217,9 @@ def test_a_request_to_stop_is_heard_between_two_tiles():
         asked += 1
         return asked > 3
 
-    with pytest.raises(StoppedError):
+    with pytest.raises(Stopped):
         predict_case(
-            blobs((20, 20, 20)), (1, 1, 1), Smooth(2, 3), plans_of(), "3d_fullres", dataset_of(2),
+            blobs((20, 20, 20)), (1, 1, 1), Smooth(2, 3), plans_of(), "3d_fullres", read_labels(dataset_of(2)),
             Window(should_stop=should_stop),
         )  # fmt: skip
     assert asked == 4
@@ -227,23 +229,14 @@ def test_another_resampling_of_logits_is_refused():
     plans = plans_of()
     plans["configurations"]["3d_fullres"]["resampling_fn_probabilities_kwargs"] = {"order": 3}
     with pytest.raises(ValueError, match="predict with nnUNetv2_predict"):
-        predict_case(blobs((9, 9, 9)), (1, 1, 1), Smooth(2, 3), plans, "3d_fullres", dataset_of(2))
-
-
-@pytest.mark.parametrize(
-    ("labels", "words"),
-    [({"background": 0, "organ": 2}, "without a gap"), ({"background": 0, "all": [1, 2]}, "regions_class_order")],
-)
-def test_labels_that_are_not_possible_are_refused(labels, words):
-    with pytest.raises(ValueError, match=words):
-        Decision.of({"labels": labels})
+        predict_case(blobs((9, 9, 9)), (1, 1, 1), Smooth(2, 3), plans, "3d_fullres", read_labels(dataset_of(2)))
 
 
 def test_hundreds_of_labels_do_not_fit_into_a_byte():
-    decision = Decision.of({"labels": {f"label {k}": k for k in range(300)}})
+    labels = read_labels({"labels": {"background": 0, **{f"label {k}": k for k in range(1, 300)}}})
     logits = torch.zeros(300, 1, 1, 2)
     logits[299, ..., 1] = 1
-    assert decision.decide(logits).flatten().tolist() == [0, 299]
+    assert decide(logits, labels).flatten().tolist() == [0, 299]
 
 
 def test_a_stock_training_is_predicted_with_its_own_files():
@@ -252,6 +245,6 @@ def test_a_stock_training_is_predicted_with_its_own_files():
     plans = json.loads((ready / "nnUNetMedMambaVMUNetMPlans.json").read_text())
     plans["configurations"]["3d_fullres"]["patch_size"] = [16, 24, 16]
     values, dataset_json, network = blobs((30, 40, 28)), dataset_of(3), Smooth(3, 3).eval()
-    ours = predict_case(values, (1, 1, 1), network, plans, "3d_fullres", dataset_json)
+    ours = predict_case(values, (1, 1, 1), network, plans, "3d_fullres", read_labels(dataset_json))
     theirs = by_nnunet(values, (1, 1, 1), network, plans, dataset_json)
     assert (ours != theirs).mean() < 2e-3

@@ -11,17 +11,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .labels import Decision
+from medmamba.inference.model import Labels
+from medmamba.stop import Stopped
+
+from .labels import decide, dtype_of
 from .resample import axis_maps, resample_slabs
 from .window import Forward, predict_slabs
 
 #: How nnU-Net's plans name the resampling that :mod:`.resample` repeats, and the arguments that it stands for.
 _RESAMPLING = "resample_data_or_seg_to_shape"
 _ARGUMENTS = {"is_seg": False, "order": 1, "order_z": 0, "force_separate_z": None}
-
-
-class StoppedError(Exception):
-    """Somebody asked to stop while a case was predicted."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ def predict_case(
     forward: Forward,
     plans: Mapping[str, Any],
     configuration: str,
-    dataset_json: Mapping[str, Any],
+    labels: Labels,
     window: Window | None = None,
 ) -> NDArray[np.integer[Any]]:
     """Labels of one case on the grid of its image.
@@ -54,15 +53,15 @@ def predict_case(
         forward: of the network or networks, (1, C, *tile) float32 -> (1, K, *tile).
         plans: of nnU-Net, with the configuration.
         configuration: its name.
-        dataset_json: of the training.
+        labels: what the outputs of the network mean.
         window: see there.
 
     Returns:
         (D, H, W) uint8, or int32 with labels above 255.
 
     Raises:
-        StoppedError: the window was asked to stop.
-        ValueError: plans with another resampling of logits than nnU-Net's default, or labels that are not possible.
+        Stopped: the window was asked to stop.
+        ValueError: plans with another resampling of logits than nnU-Net's default.
     """
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
@@ -70,10 +69,9 @@ def predict_case(
     manager = PlansManager(dict(plans))
     settings = manager.get_configuration(configuration)
     _check_resampling(settings.configuration)
-    decision = Decision.of(dataset_json)
     properties: dict[str, Any] = {"spacing": list(spacing_mm)}
     data, _, properties = settings.preprocessor_class(verbose=False).run_case_npy(
-        values, None, properties, manager, settings, dict(dataset_json)
+        values, None, properties, manager, settings, {}
     )
     image, inner = _padded(torch.from_numpy(np.ascontiguousarray(data, dtype=np.float32)), settings.patch_size)
     del data
@@ -84,22 +82,22 @@ def predict_case(
         [part.stop - part.start for part in inner], target, [before[0]] * (3 - len(planned)) + planned, before
     )
     slabs = predict_slabs(
-        image, _unless(window, forward), tile=settings.patch_size, step=window.step, classes=decision.channels
+        image, _unless(window, forward), tile=settings.patch_size, step=window.step, classes=labels.num_heads
     )
-    cropped = torch.empty(tuple(target), dtype=decision.dtype)
+    cropped = torch.empty(tuple(target), dtype=dtype_of(labels))
     done = 0
     for logits in resample_slabs(_without_padding(slabs, inner), maps):
-        cropped[done : done + logits.shape[1]] = decision.decide(logits)
+        cropped[done : done + logits.shape[1]] = decide(logits, labels)
         done += logits.shape[1]
-    labels = torch.zeros(tuple(properties["shape_before_cropping"]), dtype=decision.dtype)
-    labels[tuple(slice(*bounds) for bounds in properties["bbox_used_for_cropping"])] = cropped
-    return np.ascontiguousarray(labels.numpy().transpose(manager.transpose_backward))
+    whole = torch.zeros(tuple(properties["shape_before_cropping"]), dtype=dtype_of(labels))
+    whole[tuple(slice(*bounds) for bounds in properties["bbox_used_for_cropping"])] = cropped
+    return np.ascontiguousarray(whole.numpy().transpose(manager.transpose_backward))
 
 
 def _unless(window: Window, forward: Forward) -> Forward:
     def asked(x: Tensor) -> Tensor:
         if window.should_stop():
-            raise StoppedError
+            raise Stopped
         with torch.inference_mode():
             return forward(x)
 
