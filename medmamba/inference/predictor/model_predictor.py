@@ -1,0 +1,103 @@
+"""A model package as the predictor that a folder is run with."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from medmamba.inference.model import Model
+from medmamba.inference.orientation import Orientation, to_canonical
+from medmamba.inference.protocol import Prediction
+from medmamba.inference.reading import Image
+
+from .case import Window, predict_case
+from .window import Forward, mean_of, with_mirroring
+
+
+@dataclass(frozen=True)
+class ModelPredictor:
+    """Predicts with the folds of a model: their mean, mirrored where the model was trained so.
+
+    Attributes:
+        model: checked package.
+        folds: of the model; empty: all.
+        device: to compute on.
+        step: largest distance of two tiles over their size.
+        mirrors: whether to average over reflections.
+    """
+
+    model: Model
+    folds: Sequence[str] = ()
+    device: str = "cpu"
+    step: float = 0.5
+    mirrors: bool = True
+
+    @property
+    def id(self) -> str:
+        return self.model.id
+
+    @property
+    def labels(self) -> Mapping[int, str]:
+        return self.model.labels
+
+    @property
+    def channel_names(self) -> Sequence[str]:
+        return self.model.channel_names
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides the labels besides the model, for the report."""
+        return {"folds": list(self.folds or self.model.folds), "step": self.step, "mirrors": self.mirrors}
+
+    def predict(self, channels: Sequence[Image], *, should_stop: Callable[[], bool]) -> Prediction:
+        """See :class:`medmamba.inference.protocol.Predictor`."""
+        turned = [self._turned(image) for image in channels]
+        values = np.stack([turned_values for turned_values, _ in turned])
+        orientation = turned[0][1]
+        spacing = _spacing_mm(channels[0].affine if orientation is None else orientation.affine)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # nnU-Net's preprocessing warns of what was checked when the image was read
+            labels = predict_case(
+                values,
+                spacing,
+                self._forward,
+                self.model.plans,
+                self.model.configuration_name,
+                self.model.outputs,
+                Window(self.step, should_stop),
+            )
+        small = labels.astype(np.uint8 if max(self.labels) < 256 else np.uint16, copy=False)
+        return Prediction(small if orientation is None else orientation.undo(small), {"spacing_mm": list(spacing)})
+
+    @cached_property
+    def _forward(self) -> Forward:
+        networks = [self.model.network(fold).to(self.device) for fold in self.folds or self.model.folds]
+
+        def on_device(network: torch.nn.Module) -> Forward:
+            def forward(x: Tensor) -> Tensor:
+                logits: Tensor = network(x.to(self.device))
+                return logits
+
+            return forward
+
+        forward = mean_of([on_device(network) for network in networks])
+        return with_mirroring(forward, self.model.mirror_axes) if self.mirrors else forward
+
+    def _turned(self, image: Image) -> tuple[NDArray[Any], Orientation | None]:
+        if self.model.orientation == "file":
+            return image.values, None
+        return to_canonical(image.values, image.affine)
+
+
+def _spacing_mm(affine: NDArray[np.float64]) -> tuple[float, float, float]:
+    """Along D, H, W of an array whose affine takes (w, h, d)."""
+    x, y, z = (float(length) for length in np.linalg.norm(affine[:3, :3], axis=0))
+    return z, y, x
