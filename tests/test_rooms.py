@@ -62,7 +62,7 @@ ROOMS: dict[str, Room] = {
     ),
     # nnU-Net: plans of before its version 2.5 are read with its own function. It does not search for classes here.
     "medmamba.inference": Room(
-        (*LOWER, "medmamba.inference.orientation", "medmamba.inference.reading"),
+        (*LOWER, *(f"medmamba.inference.{part}" for part in ("orientation", "protocol", "reading"))),
         TORCH | ARRAYS,
         lazy=IO_LIBRARIES | {"monai", "nnunetv2", "safetensors"},
     ),
