@@ -122,10 +122,9 @@ def _padded(image: Tensor, tile: Sequence[int]) -> tuple[Tensor, list[slice]]:
     inner = [slice(start, start + size) for start, size in zip(before, image.shape[1:], strict=True)]
     if not any(missing):
         return image, inner
-    sides = [
-        side for first, all_ in zip(reversed(before), reversed(missing), strict=True) for side in (first, all_ - first)
-    ]
-    return torch.nn.functional.pad(image, sides), inner
+    sides = [(first, both - first) for first, both in zip(before, missing, strict=True)]
+    # torch pads the last axis first.
+    return torch.nn.functional.pad(image, [size for pair in reversed(sides) for size in pair]), inner
 
 
 def _without_padding(slabs: Any, inner: Sequence[slice]) -> Any:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from medmamba.inference.model import Model
@@ -60,9 +59,9 @@ class ModelPredictor:
     def predict(self, channels: Sequence[Image], *, should_stop: Callable[[], bool]) -> Prediction:
         """See :class:`medmamba.inference.protocol.Predictor`."""
         turned = [self._turned(image) for image in channels]
-        values = np.stack([turned_values for turned_values, _ in turned])
-        orientation = turned[0][1]
-        spacing = _spacing_mm(channels[0].affine if orientation is None else orientation.affine)
+        values = np.stack([image.values for image, _ in turned])
+        first, orientation = turned[0]
+        spacing = first.spacing_mm
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # nnU-Net's preprocessing warns of what was checked when the image was read
             labels = predict_case(
@@ -91,13 +90,8 @@ class ModelPredictor:
         forward = mean_of([on_device(network) for network in networks])
         return with_mirroring(forward, self.model.mirror_axes) if self.mirrors else forward
 
-    def _turned(self, image: Image) -> tuple[NDArray[Any], Orientation | None]:
+    def _turned(self, image: Image) -> tuple[Image, Orientation | None]:
         if self.model.orientation == "file":
-            return image.values, None
-        return to_canonical(image.values, image.affine)
-
-
-def _spacing_mm(affine: NDArray[np.float64]) -> tuple[float, float, float]:
-    """Along D, H, W of an array whose affine takes (w, h, d)."""
-    x, y, z = (float(length) for length in np.linalg.norm(affine[:3, :3], axis=0))
-    return z, y, x
+            return image, None
+        values, orientation = to_canonical(image.values, image.affine)
+        return replace(image, values=values, affine=orientation.affine), orientation
