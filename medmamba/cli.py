@@ -82,7 +82,7 @@ def command_parser(name: str, command: Command) -> argparse.ArgumentParser:
 
 
 def _run_command(name: str, command: Command, arguments: list[str]) -> int:
-    if command.passthrough:
+    if command.hands_over(arguments):
         return command.run(argparse.Namespace(arguments=arguments))
     return command.run(command_parser(name, command).parse_args(arguments))
 

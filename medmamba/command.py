@@ -12,7 +12,7 @@ and the like belong inside ``run``.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 
@@ -25,13 +25,18 @@ class Command:
         configure: adds the arguments of this command to its parser.
         run: does the work and returns the exit code (see :mod:`medmamba.cli`).
         passthrough: everything after the name of the command arrives untouched, ``--help`` included, as
-            ``args.arguments`` (a list of str); for commands that hand over to another program.
+            ``args.arguments`` (a list of str); for commands that hand over to another program. A function decides it
+            by what was given, for a command that does so sometimes.
     """
 
     help: str
     configure: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], int]
-    passthrough: bool = False
+    passthrough: bool | Callable[[Sequence[str]], bool] = False
+
+    def hands_over(self, arguments: Sequence[str]) -> bool:
+        """Whether these arguments arrive untouched."""
+        return self.passthrough(arguments) if callable(self.passthrough) else self.passthrough
 
 
 class CommandError(Exception):

@@ -62,13 +62,14 @@ ROOMS: dict[str, Room] = {
     ),
     # nnU-Net: plans of before its version 2.5 are read with its own function. It does not search for classes here.
     "medmamba.inference": Room(
-        (*LOWER, *(f"medmamba.inference.{part}" for part in ("orientation", "protocol", "reading"))),
+        (*LOWER, *(f"medmamba.inference.{part}" for part in ("orientation", "picture", "protocol", "reading"))),
         TORCH | ARRAYS,
         lazy=IO_LIBRARIES | {"monai", "nnunetv2", "safetensors"},
     ),
     # Also read by the corpora of pretraining; a process that only reads images does not import torch.
     "medmamba.inference.reading": Room(third_party=IO_LIBRARIES | {"numpy"}),
     "medmamba.inference.orientation": Room(third_party=frozenset({"nibabel", "numpy"})),
+    "medmamba.inference.picture": Room(("medmamba.files",), frozenset({"matplotlib", "numpy"})),
     "medmamba.inference.writing": Room(("medmamba.files", "medmamba.inference.reading"), IO_LIBRARIES | {"numpy"}),
     # One process per folder that needs torch only where its predictor does.
     "medmamba.inference.folder": Room(

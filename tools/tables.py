@@ -176,7 +176,7 @@ def _command_sections() -> Iterator[str]:
         yield f"### medmamba {name}\n"
         summary = _cell(parser.description or command.help)
         yield f"{summary[0].upper()}{summary[1:]}.\n"
-        if command.passthrough:
+        if command.passthrough is True:
             yield "All further arguments are handed over untouched.\n"
         yield from _argument_tables(parser)
 

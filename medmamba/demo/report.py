@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from medmamba.demo.dataset import Case, Dataset
-from medmamba.demo.picture import Panel, draw_picture
 from medmamba.demo.volumes import read_volume
 from medmamba.inference.metrics import Score, mean_score, score_structures
+from medmamba.inference.picture import Panel, draw_picture
 
 TOLERANCE_MM = 1.0
 

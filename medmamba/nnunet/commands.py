@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import argparse
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 from medmamba.command import Command, CommandError
+from medmamba.inference import predict_command
 from medmamba.nnunet.names import EXT_TRAINER, TRAINER_NAMES_IN_WORDS, ext_trainer_value
 
 
@@ -45,7 +47,23 @@ def _predict(arguments: argparse.Namespace) -> int:
     from medmamba.nnunet.host import run_console_command
     from medmamba.nnunet.preflight import check_prediction
 
+    if "arguments" not in arguments:
+        return predict_command.PREDICT.run(arguments)
     return run_console_command("nnUNetv2_predict", check_prediction(arguments.arguments))
+
+
+def _configure_predict(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "segments images with a model package (-m), without any setting of nnU-Net; without -m it is nnUNetv2_predict "
+        "with -tr filled in, and takes what `medmamba run nnUNetv2_predict -h` lists"
+    )
+    predict_command.PREDICT.configure(parser)
+
+
+def _is_for_nnunet(words: Sequence[str]) -> bool:
+    """nnUNetv2_predict has no argument that begins like ours for the package."""
+    asks_for_help = not words or {"-h", "--help"} & set(words)
+    return not asks_for_help and not any(word.startswith(("-m", "--mo")) for word in words)
 
 
 def _configure_import(parser: argparse.ArgumentParser) -> None:
@@ -146,10 +164,10 @@ TRAIN = Command(
     passthrough=True,
 )
 PREDICT = Command(
-    help="nnUNetv2_predict; same arguments, -tr follows the trained folder",
-    configure=_no_arguments,
+    help="segment images with a model package (-m), or as nnUNetv2_predict from nnUNet_results",
+    configure=_configure_predict,
     run=_predict,
-    passthrough=True,
+    passthrough=_is_for_nnunet,
 )
 IMPORT = Command(
     help="published 2D weights into the network of a plan, for -pretrained_weights",

@@ -33,4 +33,5 @@ MESSAGES: dict[str, Message] = {
     # Notes: the case is done.
     "MM-RN-020": Message("replaced", "look into your copies, if somebody had changed the file by hand"),
     "MM-RN-021": Message("tried-before", "see whether the system stopped the process for its memory"),
+    "MM-RN-022": Message("no-preview", "see that there is room on the disk; the segmentation is complete"),
 }

@@ -82,6 +82,12 @@ class Outputs:
             return self.file
         return self.folder / f"{case.id}{self.file_format or _suffix_like(case)}"
 
+    def preview_of(self, case: Case) -> Path:
+        """Where its picture goes: a folder beside the results, or beside the one file."""
+        if self.file is not None:
+            return self.report.with_name(self.report.name.removesuffix(".report.jsonl") + ".preview.png")
+        return self.folder / "preview" / f"{case.id}.png"
+
     def share_of(self, cases: list[Case]) -> list[Case]:
         """As nnU-Net divides: every ``num_parts``-th case."""
         return cases[self.part_id :: self.num_parts]

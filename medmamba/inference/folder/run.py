@@ -14,13 +14,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from numpy.typing import NDArray
+
 from medmamba.command import CommandError
+from medmamba.inference.channels import refuse_other_grids
 from medmamba.inference.check import Case, find_cases
-from medmamba.inference.check.case_report import SAME_GRID
 from medmamba.inference.protocol import Prediction, Predictor
 from medmamba.inference.reading import READABLE_SUFFIXES, Image, ImageRefused, read_image
-from medmamba.inference.reading.geometry import corners_apart
-from medmamba.inference.reading.messages import refused
 from medmamba.inference.writing import WriteFailed, write_segmentation
 from medmamba.stop import EXIT_INTERRUPTED, Stopped, StopRequest
 
@@ -32,6 +32,9 @@ from .report import FORMAT, FORMAT_VERSION, Record, ReportWriter
 from .resume import Earlier, inputs_of, remove_partial
 
 _log = logging.getLogger(__name__)
+
+#: Draws one case: path of the PNG, image, labels (D, H, W), names of the labels.
+Preview = Callable[[Path, Image, NDArray[Any], Mapping[int, str]], None]
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class Options:
             of other settings are made again.
         command: the command line, for the report.
         read: reads one image.
+        preview: draws one case; None for no pictures. One that fails is a note and not a failure of the case.
         say: takes one line of progress.
     """
 
@@ -56,6 +60,7 @@ class Options:
     settings: Mapping[str, Any] = field(default_factory=dict)
     command: Sequence[str] = ()
     read: Callable[[Path], Image] = read_image
+    preview: Preview | None = None
     say: Callable[[str], object] = to_stdout
 
 
@@ -184,7 +189,7 @@ class _Run:
         if self._stop.is_asked:
             raise Stopped
         self._report.append("begin", run=self._id, case=case.id)
-        work = _Work(case, self._outputs.path_of(case), self._predictor, self._options.read, self._earlier, self._stop)
+        work = _Work(case, self._outputs, self._predictor, self._options, self._earlier, self._stop)
         started, clock = _now(), time.monotonic()
         try:
             content = work.done()
@@ -247,13 +252,14 @@ class _Work:
     def __init__(
         self,
         case: Case,
-        path: Path,
+        outputs: Outputs,
         predictor: Predictor,
-        read: Callable[[Path], Image],
+        options: Options,
         earlier: Earlier,
         stop: StopRequest,
     ) -> None:
-        self._case, self._path, self._predictor, self._read = case, path, predictor, read
+        self._case, self._predictor, self._options = case, predictor, options
+        self._path, self._preview = outputs.path_of(case), outputs.preview_of(case)
         self._earlier, self._stop = earlier, stop
         self._clock = time.monotonic()
         self.stage = "reading"
@@ -280,6 +286,7 @@ class _Work:
         if self._path.is_file() and not self._earlier.knows(self._case, self._path):
             self.notes.append(note("MM-RN-020", "a file of this name that no report knows was replaced"))
         digest = write_segmentation(self._path, prediction.labels, image, self._predictor.labels)
+        self._draw(image, prediction.labels)
         self._enter("")
         output = {
             "file": self._path.name,
@@ -296,6 +303,15 @@ class _Work:
             "facts": dict(prediction.facts),
             **facts,
         }
+
+    def _draw(self, image: Image, labels: NDArray[Any]) -> None:
+        if self._options.preview is None:
+            return
+        try:
+            self._options.preview(self._preview, image, labels, self._predictor.labels)
+        except Exception as error:  # the segmentation is there, and that is what counts
+            _log.debug("%s", self._case.id, exc_info=error)
+            self.notes.append(note("MM-RN-022", f"no preview was drawn ({type(error).__name__})"))
 
     def _enter(self, stage: str) -> None:
         now = time.monotonic()
@@ -316,11 +332,11 @@ class _Work:
             raise ImageRefused(problem.code, problem.text, problem.id)
         before = _states(self._case.files)
         self.inputs = inputs_of(self._case)
-        channels = [self._read(path) for path in self._case.files]
+        channels = [self._options.read(path) for path in self._case.files]
         self.notes += [{"id": item.id, "text": item.text} for image in channels for item in image.notes]
         if _states(self._case.files) != before:
             raise ImageRefused("changing", "a file changed while it was read; wait until it is complete", "MM-RN-004")
-        _refuse_other_grids(channels)
+        refuse_other_grids(channels)
         return channels
 
     def _prediction(self, channels: list[Image]) -> Prediction:
@@ -333,20 +349,6 @@ class _Work:
         except (TypeError, ValueError) as error:
             raise WriteFailed("labels", f"the facts of the predictor are no plain values ({error})") from error
         return prediction
-
-
-def _refuse_other_grids(channels: Sequence[Image]) -> None:
-    """By the measure of ``medmamba check``."""
-    first = channels[0]
-    for k, other in enumerate(channels[1:], 1):
-        if other.values.shape != first.values.shape:
-            text = f"channel 0 has {first.values.shape} voxels, channel {k} {other.values.shape}"
-            raise refused("MM-IO-061", f"{text}; resample them to one grid")
-        apart = corners_apart(first.affine, other.affine, first.values.shape[::-1])
-        if not apart <= SAME_GRID * min(first.spacing_mm):
-            raise refused(
-                "MM-IO-061", f"channel {k} lies {apart:.3g} mm away from channel 0; resample them to one grid"
-            )
 
 
 def _states(paths: Sequence[Path]) -> list[tuple[int, int]]:

@@ -15,6 +15,8 @@ from pathlib import Path
 from .problems import ModelRefused, shown
 
 MODEL, CARD, SUMS = "model.json", "MODEL_CARD.md", "SHA256SUMS"
+#: What a trained folder of nnU-Net has and a package has not.
+TRAINED = "plans.json"
 #: Bytes that a text file of a package may have.
 LONGEST = {MODEL: 16 * 2**20, CARD: 2**20, SUMS: 2**16}
 
@@ -117,6 +119,11 @@ def _listed(folder: Path) -> set[str]:
         raise ModelRefused(
             "MM-MD-001", f"{folder} cannot be opened as a folder ({reason}); give a folder that `medmamba export` wrote"
         ) from error
+    if TRAINED in found and MODEL not in found:
+        raise ModelRefused(
+            "MM-MD-001",
+            f"{folder} looks like a trained folder of nnU-Net; make a package of it: medmamba export {folder} -o MODEL",
+        )
     for name, mode in found.items():
         if not stat.S_ISREG(mode):
             kind = "a symbolic link" if stat.S_ISLNK(mode) else "a folder" if stat.S_ISDIR(mode) else "a special file"

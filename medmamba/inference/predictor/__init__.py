@@ -4,3 +4,9 @@ nnU-Net's own preprocessing runs in process. Sliding window and export are writt
 axis: logits exist for the slab of one row of tiles only, and not for the volume. Numbers are nnU-Net's, with sums in
 float32 in place of float16.
 """
+
+from __future__ import annotations
+
+from .model_predictor import ModelPredictor
+
+__all__ = ["ModelPredictor"]

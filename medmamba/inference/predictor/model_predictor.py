@@ -16,6 +16,7 @@ from medmamba.inference.model import Model
 from medmamba.inference.orientation import Orientation, to_canonical
 from medmamba.inference.protocol import Prediction
 from medmamba.inference.reading import Image
+from medmamba.inference.reading.content import has_content
 
 from .case import Window, predict_case
 from .window import Forward, mean_of, with_mirroring
@@ -54,10 +55,25 @@ class ModelPredictor:
     @property
     def settings(self) -> dict[str, Any]:
         """What decides the labels besides the model, for the report."""
-        return {"folds": list(self.folds or self.model.folds), "step": self.step, "mirrors": self.mirrors}
+        return {"folds": list(self.folds_used), "step": self.step, "mirrors": self.mirrors}
+
+    @property
+    def folds_used(self) -> Sequence[str]:
+        return self.folds or self.model.folds
+
+    def prepare(self) -> None:
+        """Load the weights now instead of with the first case.
+
+        Raises:
+            ModelRefused: see :meth:`medmamba.inference.model.Model.network`.
+        """
+        _ = self._forward
 
     def predict(self, channels: Sequence[Image], *, should_stop: Callable[[], bool]) -> Prediction:
-        """See :class:`medmamba.inference.protocol.Predictor`."""
+        """See :class:`medmamba.inference.protocol.Predictor`. Images of one value each get an empty segmentation."""
+        dtype = np.uint8 if max(self.labels) < 256 else np.uint16
+        if not any(has_content(image) for image in channels):
+            return Prediction(np.zeros(channels[0].values.shape, dtype), {"no_content": True})
         turned = [self._turned(image) for image in channels]
         values = np.stack([image.values for image, _ in turned])
         first, orientation = turned[0]
@@ -73,12 +89,12 @@ class ModelPredictor:
                 self.model.outputs,
                 Window(self.step, should_stop),
             )
-        small = labels.astype(np.uint8 if max(self.labels) < 256 else np.uint16, copy=False)
+        small = labels.astype(dtype, copy=False)
         return Prediction(small if orientation is None else orientation.undo(small), {"spacing_mm": list(spacing)})
 
     @cached_property
     def _forward(self) -> Forward:
-        networks = [self.model.network(fold).to(self.device) for fold in self.folds or self.model.folds]
+        networks = [self.model.network(fold).to(self.device) for fold in self.folds_used]
 
         def on_device(network: torch.nn.Module) -> Forward:
             def forward(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""One picture: three planes through each predicted volume, with its reference and its prediction."""
+"""One picture: three planes through each predicted volume, with prediction and, if any, reference."""
 
 from __future__ import annotations
 
@@ -25,7 +25,6 @@ COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#F0E442", "#D55E00", "#0
 #: Structures named in the legend; a dataset with fifty would cover the picture.
 MAX_NAMED = 8
 
-KINDS = ("image", "reference", "prediction")
 PLANES = ("axial", "coronal", "sagittal")
 
 #: Directions at the top, bottom, left and right of each plane: anterior, posterior, superior, inferior, right, left.
@@ -46,14 +45,14 @@ class Panel:
     Attributes:
         title: beside the volume's row.
         image: (D, H, W), any number type.
-        reference: label map of the same shape.
+        reference: label map of the same shape; None where nobody knows.
         prediction: label map of the same shape.
         spacing_mm: voxel size along D, H, W.
     """
 
     title: str
     image: NDArray[Any]
-    reference: NDArray[Any]
+    reference: NDArray[Any] | None
     prediction: NDArray[Any]
     spacing_mm: tuple[float, float, float]
 
@@ -67,10 +66,10 @@ def draw_picture(
     footer: str = "",
     dpi: int = 160,
 ) -> None:
-    """Write the picture as PNG: one row per volume, three columns (image, reference, prediction), three planes each.
+    """Write the picture as PNG: one row per volume, a column for image, reference and prediction, three planes each.
 
-    The planes go through the centre of the reference and have one scale in mm per volume. The picture is cut to
-    the surroundings of the structures.
+    The planes go through the centre of the reference, or else of the prediction, and have one scale in mm per volume.
+    The picture is cut to the surroundings of the structures. Without any reference there is no column for it.
 
     Args:
         path: the file; a reader never sees half of it.
@@ -87,22 +86,24 @@ def draw_picture(
     if not panels:
         raise ValueError("a picture needs at least one volume")
     views = [_View(panel) for panel in panels]
+    has_reference = any(panel.reference is not None for panel in panels)
+    kinds = ("image", "reference", "prediction") if has_reference else ("image", "prediction")
     bottom = 0.42 + 0.2 * bool(footer)
-    width = _LEFT + len(KINDS) * _CELL + (len(KINDS) - 1) * _GAP + _GAP
+    width = _LEFT + len(kinds) * _CELL + (len(kinds) - 1) * _GAP + _GAP
     height = _TOP + sum(view.cell_height for view in views) + (len(views) - 1) * _GAP + bottom
     figure = Figure(figsize=(width, height), dpi=dpi, facecolor="black")
     FigureCanvasAgg(figure)
     y = height - _TOP
-    for column, kind in enumerate(KINDS):
+    for column, kind in enumerate(kinds):
         x = _LEFT + column * (_CELL + _GAP) + _CELL / 2
         figure.text(x / width, (y + 0.07) / height, kind, color="white", fontsize=10, ha="center", va="bottom")
     for view in views:
-        for column, kind in enumerate(KINDS):
+        for column, kind in enumerate(kinds):
             _draw_cell(figure, view, kind, structures, x=_LEFT + column * (_CELL + _GAP), y=y)
         middle = (y - view.cell_height / 2) / height
         figure.text(0.07 / width, middle, view.panel.title, color="white", fontsize=9, rotation=90, va="center")
         y -= view.cell_height + _GAP
-    _draw_legend(figure, structures, captions, y=(0.04 + 0.2 * bool(footer)) / height)
+    _draw_legend(figure, structures, captions, has_reference, y=(0.04 + 0.2 * bool(footer)) / height)
     if footer:
         figure.text(0.5, 0.07 / height, footer, color="0.6", fontsize=6.5, ha="center", va="bottom")
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", facecolor="black"))
@@ -112,14 +113,16 @@ class _View:
     """What of a volume is shown: the three planes, and the part of each around the structures."""
 
     def __init__(self, panel: Panel) -> None:
-        if not panel.image.shape == panel.reference.shape == panel.prediction.shape:
-            raise ValueError(
-                f"{panel.title}: image {panel.image.shape}, reference {panel.reference.shape} and prediction "
-                f"{panel.prediction.shape} differ in shape"
-            )
+        arrays = {"image": panel.image, "reference": panel.reference, "prediction": panel.prediction}
+        shapes = {name: array.shape for name, array in arrays.items() if array is not None}
+        if len(set(shapes.values())) > 1:
+            found = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+            raise ValueError(f"{panel.title}: {found} differ in shape")
         self.panel = panel
-        foreground = panel.reference > 0 if (panel.reference > 0).any() else panel.prediction > 0
-        everything = (panel.reference > 0) | (panel.prediction > 0)
+        predicted = panel.prediction > 0
+        expected = predicted if panel.reference is None else panel.reference > 0
+        foreground = expected if expected.any() else predicted
+        everything = expected | predicted
         self.centre = _centre(foreground)
         self.box = _box_with_margin(everything, panel.spacing_mm)
         depth, height, width = (
@@ -172,11 +175,12 @@ def _draw_cell(
         image = view.plane(view.panel.image, plane)
         # The axes already have the shape of the plane in mm, voxels of any size included.
         axes.imshow(image, cmap="gray", vmin=low, vmax=high, extent=extent, interpolation="bicubic", aspect="auto")
-        if kind == "reference":
+        if kind == "reference" and view.panel.reference is not None:
             _overlay(axes, view.plane(view.panel.reference, plane), structures, extent)
         elif kind == "prediction":
             _overlay(axes, view.plane(view.panel.prediction, plane), structures, extent)
-            _outline(axes, view.plane(view.panel.reference, plane), structures, extent)
+            if view.panel.reference is not None:
+                _outline(axes, view.plane(view.panel.reference, plane), structures, extent)
         else:
             _name_plane(axes, plane)
 
@@ -224,7 +228,12 @@ def _name_plane(axes: Axes, plane: str) -> None:
 
 
 def _draw_legend(
-    figure: Figure, structures: Mapping[str, int | list[int]], captions: Mapping[str, str], *, y: float
+    figure: Figure,
+    structures: Mapping[str, int | list[int]],
+    captions: Mapping[str, str],
+    has_reference: bool,
+    *,
+    y: float,
 ) -> None:
     named = list(structures)[:MAX_NAMED]
     handles: list[Any] = [
@@ -232,7 +241,8 @@ def _draw_legend(
     ]
     if len(structures) > MAX_NAMED:
         handles.append(Patch(color="none", label=f"and {len(structures) - MAX_NAMED} more"))
-    handles.append(Line2D([], [], color="white", linewidth=0.9, label="outline of the reference"))
+    if has_reference:
+        handles.append(Line2D([], [], color="white", linewidth=0.9, label="outline of the reference"))
     legend = figure.legend(
         handles=handles, loc="lower center", bbox_to_anchor=(0.5, y), ncols=min(len(handles), 4), frameon=False,
         fontsize=8.5, labelcolor="white", handlelength=1.3, columnspacing=1.8,
@@ -244,7 +254,7 @@ def _centre(mask: NDArray[np.bool_]) -> list[int]:
     """Centre of mass in whole voxels; the middle of the array when the mask is empty."""
     if not mask.any():
         return [size // 2 for size in mask.shape]
-    return [round(float(axis.mean())) for axis in np.nonzero(mask)]
+    return [round(float(np.average(np.arange(len(counts)), weights=counts))) for counts in _counts_per_plane(mask)]
 
 
 def _box_with_margin(mask: NDArray[np.bool_], spacing_mm: Sequence[float]) -> tuple[slice, ...]:
@@ -252,8 +262,15 @@ def _box_with_margin(mask: NDArray[np.bool_], spacing_mm: Sequence[float]) -> tu
     if not mask.any():
         return tuple(slice(0, size) for size in mask.shape)
     box = []
-    for axis, size, spacing in zip(np.nonzero(mask), mask.shape, spacing_mm, strict=True):
-        low, high = int(axis.min()), int(axis.max()) + 1
+    for counts, size, spacing in zip(_counts_per_plane(mask), mask.shape, spacing_mm, strict=True):
+        occupied = np.flatnonzero(counts)
+        low, high = int(occupied[0]), int(occupied[-1]) + 1
         margin = int(np.ceil(max(8 / spacing, (high - low) / 4)))
         box.append(slice(max(low - margin, 0), min(high + margin, size)))
     return tuple(box)
+
+
+def _counts_per_plane(mask: NDArray[np.bool_]) -> list[NDArray[np.int64]]:
+    """For each axis, the number of voxels in each plane across it."""
+    axes = range(mask.ndim)
+    return [mask.sum(tuple(other for other in axes if other != axis), dtype=np.int64) for axis in axes]

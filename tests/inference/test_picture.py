@@ -8,8 +8,8 @@ from matplotlib.colors import to_rgb
 from PIL import Image
 
 from medmamba.demo.dataset import read_dataset
-from medmamba.demo.picture import COLOURS, MAX_NAMED, Panel, draw_picture
 from medmamba.demo.volumes import read_volume
+from medmamba.inference.picture import COLOURS, MAX_NAMED, Panel, draw_picture
 
 STRUCTURES = {"shell": 1, "core": 2}
 
