@@ -152,6 +152,63 @@ def first_table_paired() -> str:
     )
 
 
+def transfer_table(protocol: str) -> str:
+    """Dice of every arm of the transfer experiment: its mean over the seeds, and of each seed."""
+    rows = [row for row in _results("transfer", "pretrain") if row["protocol"] == protocol]
+    numbers = sorted({int(row["labels"]) for row in rows})
+    seeds = sorted({row["seed"] for row in rows})
+    lines = []
+    for arm in dict.fromkeys(row["arm"] for row in rows):
+        line = [f"`{arm}`"]
+        for labels in numbers:
+            of_arm = [row for row in rows if (row["arm"], row["labels"]) == (arm, str(labels))]
+            by_seed = {row["seed"]: f"{float(row['dice_mean']):.3f}" for row in of_arm}
+            line += [f"**{_mean(of_arm, 'dice_mean'):.3f}**", *(by_seed.get(seed, "") for seed in seeds)]
+        lines.append(line)
+    head = [f"{labels} labels{of}" for labels in numbers for of in ("", *(f", seed {seed}" for seed in seeds))]
+    return _table(["arm", *head], lines)
+
+
+def transfer_paired(protocol: str) -> str:
+    """Differences in mean Dice between the arms of the transfer experiment."""
+    return _table(
+        ["labels", "difference", "Dice", "95 %, further cases", "95 %, further seeds", "seed by seed"],
+        [
+            [
+                row["labels"],
+                f"{row['first']} - {row['second']}",
+                f"{float(row['dice_difference']):+.3f}",
+                *(
+                    f"{float(row[f'low_95_{over}']):+.3f} to {float(row[f'high_95_{over}']):+.3f}"
+                    for over in ("cases", "seeds")
+                ),
+                ", ".join(f"{float(value):+.3f}" for value in row["differences_of_seeds"].split()),
+            ]
+            for row in _results("transfer_paired", "pretrain")
+            if (row["protocol"], row["structure"]) == (protocol, "mean")
+        ],
+    )
+
+
+def transfer_reconstruction() -> str:
+    """Error of the pretrained networks at masked voxels, beside what needs no training; means over seeds."""
+    rows = _results("transfer_reconstruction", "pretrain")
+    lines = []
+    for fill in dict.fromkeys(row["fill"] for row in rows):
+        of_fill = [row for row in rows if row["fill"] == fill]
+        each = ", ".join(f"{float(row['mse_model']):.3f}" for row in of_fill)
+        scaled = f"{_mean(of_fill, 'mse_model_scaled'):.3f}"
+        lines.append([f"pretrained, `{fill}`", f"{_mean(of_fill, 'mse_model'):.3f} ({each})", scaled])
+    for name, words in (
+        ("mse_unit_mean", "the mean of the masked unit, which cannot be known"),
+        ("mse_nearest", "the nearest visible voxel"),
+        ("mse_harmonic", "harmonic inpainting"),
+    ):
+        scaled = f"{_mean(rows, f'{name}_scaled'):.3f}" if f"{name}_scaled" in rows[0] else ""
+        lines.append([words, f"{_mean(rows, name):.3f}", scaled])
+    return _table(["what fills the masked voxels", "mean squared error", "with the best single factor"], lines)
+
+
 def _results(name: str, room: str = "plans") -> list[dict[str, str]]:
     with (CHECKOUT / room / "results" / f"{name}.csv").open(encoding="utf-8") as stream:
         return list(csv.DictReader(stream))
@@ -300,6 +357,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "recipes": recipes_table,
     "route-sets": route_sets_table,
     "ssm-modes": ssm_modes_table,
+    "transfer-finetune": lambda: transfer_table("finetune"),
+    "transfer-finetune-paired": lambda: transfer_paired("finetune"),
+    "transfer-probe": lambda: transfer_table("probe"),
+    "transfer-probe-paired": lambda: transfer_paired("probe"),
+    "transfer-reconstruction": transfer_reconstruction,
 }
 
 

@@ -32,7 +32,7 @@ the pretraining's own error, on CTs of the test cases, with what needs no traini
 Measured cost in CPU seconds of one thread each (AMD EPYC): prepare 60; a pretraining 267 (0.33 per step, 800 steps),
 9 of them; a training of nnU-Net about 350 (0.65 per iteration with augmentation, 480 iterations; 7 to start; 35 for 30
 test cases and their scores), 30 of them; both probes of an encoder 52, 15 of them; a reconstruction 8, 9 of them. In
-all about four hours of one core.
+all about four hours of one core; a third more where other work has the caches.
 """
 
 from __future__ import annotations
