@@ -5,12 +5,15 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import logging
 import os
 import re
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+_log = logging.getLogger(__name__)
 
 _TEMPORARY = ".tmp"
 _TEMPORARY_NAME = re.compile(rf"\.(?P<name>.+)\.[^.]+{re.escape(_TEMPORARY)}")
@@ -76,6 +79,30 @@ def append_line(path: str | os.PathLike[str], content: Mapping[str, Any]) -> Non
         stream.write(line + b"\n")
         stream.flush()
         os.fsync(stream.fileno())
+
+
+def try_lock(handle: int, *, shared: bool = False) -> bool:
+    """Lock an open file against other processes until it is closed.
+
+    Args:
+        handle: number of the open file.
+        shared: several may hold it, as long as all of them say so.
+
+    Returns:
+        False where another process holds it. True without any lock on Windows, and, with a warning in the log, on
+        network file systems that know none.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return True
+    try:
+        fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            return False
+        _log.warning("no lock on this file system (%s): see that no second process writes there", error.strerror)
+    return True
 
 
 def sha256_of(path: str | os.PathLike[str]) -> str:

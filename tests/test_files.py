@@ -1,14 +1,17 @@
-"""Atomic writing."""
+"""Atomic writing, and locks."""
 
 from __future__ import annotations
 
+import errno
 import json
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from medmamba.files import append_line, sha256_of, temporaries_in, write_atomically, write_json
+from medmamba.files import append_line, sha256_of, temporaries_in, try_lock, write_atomically, write_json
 
 
 def test_json_comes_back_with_its_order(tmp_path):
@@ -79,3 +82,39 @@ def test_a_name_that_is_no_utf8_comes_back_from_a_line(tmp_path):
 def test_sha256_is_that_of_the_bytes(tmp_path):
     (tmp_path / "file").write_bytes(b"abc")
     assert sha256_of(tmp_path / "file").startswith("ba7816bf8f01cfea414140de5dae2223")
+
+
+HOLD = """\
+import sys
+from medmamba.files import try_lock
+stream = open(sys.argv[1], "ab")
+print(try_lock(stream.fileno(), shared=sys.argv[2] == "shared"), flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "gets_it"),
+    [("alone", "alone", False), ("alone", "shared", False), ("shared", "alone", False), ("shared", "shared", True)],
+)
+def test_a_lock_keeps_other_processes_out_until_its_holder_is_gone(tmp_path, first, second, gets_it):
+    path = tmp_path / "lock"
+    command = [sys.executable, "-c", HOLD, str(path), first]
+    holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "True\n"
+    with path.open("ab") as stream:
+        assert try_lock(stream.fileno(), shared=second == "shared") is gets_it
+    holder.kill()
+    holder.communicate()
+    with path.open("ab") as stream:
+        assert try_lock(stream.fileno())
+
+
+def test_a_file_system_without_locks_is_warned_about(tmp_path, monkeypatch, caplog):
+    def fails(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", fails)
+    with (tmp_path / "lock").open("ab") as stream:
+        assert try_lock(stream.fileno())
+    assert "no lock on this file system" in caplog.text

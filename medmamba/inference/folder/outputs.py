@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import errno
-import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from medmamba.command import CommandError
+from medmamba.files import try_lock
 from medmamba.inference.check import Case
 from medmamba.inference.writing import WRITABLE_SUFFIXES, suffix_of
 
 from .report import report_name, reports_in
-
-_log = logging.getLogger(__name__)
 
 LOCK = ".medmamba.lock"
 #: Suffixes that mean a file although we write none like it: not the name of a folder.
@@ -149,19 +146,7 @@ def _lock(path: Path, folder: Path, *, shared: bool) -> Iterator[None]:
     except OSError as error:
         raise CommandError(f"{folder} cannot be written ({error.strerror}); choose another output folder") from error
     with stream:
-        _lock_stream(stream.fileno(), folder, shared=shared)
-        yield
-
-
-def _lock_stream(handle: int, folder: Path, *, shared: bool) -> None:
-    try:
-        import fcntl
-    except ImportError:  # Windows: no lock, as documented
-        return
-    try:
-        fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+        if not try_lock(stream.fileno(), shared=shared):
             text = f"another run is writing {folder}; wait for its end or choose another output folder"
-            raise CommandError(text) from error
-        _log.warning("%s cannot be locked (%s): see that no second run writes there", folder, error.strerror)
+            raise CommandError(text)
+        yield

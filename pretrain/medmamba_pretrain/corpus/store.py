@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from medmamba.command import CommandError
-from medmamba.files import write_atomically
+from medmamba.files import append_line, try_lock, write_atomically
 
 from .record import Record
 from .settings import Settings
@@ -143,7 +142,8 @@ class Store:
         except OSError as error:
             raise CommandError(f"{self.folder} cannot be written ({error.strerror})") from error
         with lock:
-            _lock(lock.fileno(), self.folder)
+            if not try_lock(lock.fileno()):
+                raise CommandError(f"another process is writing {self.folder}; wait for it or choose another --out")
             if self.torn:
                 _log.warning("%s: %d broken lines dropped, their sources are read again", self._manifest, self.torn)
                 self._rewrite()
@@ -157,11 +157,7 @@ class Store:
         Raises:
             OSError: the disk is full.
         """
-        line = json.dumps(record.as_json()).encode() + b"\n"
-        with self._manifest.open("ab") as stream:
-            stream.write(line)
-            stream.flush()
-            os.fsync(stream.fileno())
+        append_line(self._manifest, record.as_json())
         self._keep(record)
 
     def _keep(self, record: Record) -> None:
@@ -185,17 +181,6 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
     except ValueError:
         return None
     return content if isinstance(content, dict) else None
-
-
-def _lock(handle: int, folder: Path) -> None:
-    try:
-        import fcntl
-    except ImportError:  # Windows: no lock, as documented
-        return
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        raise CommandError(f"another process is writing {folder}; wait for it or choose another --out") from error
 
 
 def _libraries() -> dict[str, str]:
