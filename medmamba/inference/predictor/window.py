@@ -2,7 +2,8 @@
 
 Positions and weights of the tiles are those of nnU-Net (Isensee et al., "nnU-Net", Nature Methods 18, 2021): steps of
 at most ``step`` times the tile, spread evenly, and a Gaussian with a sigma of an eighth of the tile around its centre.
-Memory is K x tile depth x H x W values for K classes, whatever the depth of the volume.
+Memory is K x tile depth x H x W values for K classes, whatever the depth of the volume; where that is too much, some of
+the rows at a time.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -47,8 +49,32 @@ def tile_weights(tile: tuple[int, ...]) -> Tensor:
     return rounded.to(torch.float32)
 
 
+@dataclass(frozen=True)
+class Skip:
+    """Which tiles are not computed.
+
+    A tile of empty voxels alone is skipped. It has no weight: where another tile covers a voxel, that one decides, and
+    where none does, ``background`` stands. So the rule never overrules a network that looked, it only speaks where
+    nobody did, and all of its voxels are empty ones.
+
+    Attributes:
+        empty: (D, H, W) bool; see :func:`.air.empty_voxels`.
+        background: (K,) float32, logits of a voxel that no computed tile covers.
+    """
+
+    empty: Tensor
+    background: Tensor
+
+
 def predict_slabs(
-    image: Tensor, forward: Forward, *, tile: Sequence[int], step: float, classes: int
+    image: Tensor,
+    forward: Forward,
+    *,
+    tile: Sequence[int],
+    step: float,
+    classes: int,
+    rows: slice | None = None,
+    skip: Skip | None = None,
 ) -> Iterator[Tensor]:
     """Logits of a volume, slab by slab from the first plane to the last.
 
@@ -58,10 +84,13 @@ def predict_slabs(
         tile: (d, h, w), or (h, w) for a network of images, which sees one plane at a time.
         step: see :func:`tile_starts`.
         classes: K.
+        rows: the part of H that is wanted, with start and stop; None: all. Tiles that reach into it are computed
+            whole, and its logits are those that the whole volume has there, bit for bit.
+        skip: which tiles to leave out; None: none.
 
     Yields:
-        (K, n, H, W) float32 on the CPU, n planes that nothing later changes; all n together are D. The memory is used
-        again for the next slab, so use or copy it before asking for more.
+        (K, n, rows, W) float32 on the CPU, n planes that nothing later changes; all n together are D. The memory is
+        used again for the next slab, so use or copy it before asking for more.
 
     Raises:
         ValueError: an image smaller than the tile.
@@ -70,25 +99,73 @@ def predict_slabs(
     depth, height, width = (1, *tile) if is_flat else tile
     if any(size < wanted for size, wanted in zip(image.shape[1:], (depth, height, width), strict=True)):
         raise ValueError(f"an image {tuple(image.shape[1:])} is smaller than the tile {tuple(tile)}; pad it first")
-    starts = list(range(image.shape[1])) if is_flat else tile_starts(image.shape[1], depth, step)
-    in_plane = [tile_starts(size, part, step) for size, part in zip(image.shape[2:], (height, width), strict=True)]
-    weights = tile_weights(tuple(tile)).view(depth, height, width)
-    # The planes start ... start + depth of sums; what leaves is shifted out at the front.
-    total = torch.zeros(classes, depth, *image.shape[2:])
-    weight = torch.zeros(depth, *image.shape[2:])
+    rows = rows or slice(0, image.shape[2])
+    starts, down, across = _starts(image.shape[1:], tile, step)
+    down = [y for y in down if y < rows.stop and y + height > rows.start]
+    sums = _Sums(classes, depth, rows, image.shape[3], tile_weights(tuple(tile)).view(depth, height, width))
     for start, following in zip(starts, [*starts[1:], image.shape[1]], strict=True):
-        for y, x in itertools.product(*in_plane):
-            where = (slice(y, y + height), slice(x, x + width))
-            part = image[:, start : start + depth, *where]
+        planes = slice(start, start + depth)
+        for y, x in itertools.product(down, across):
+            place = (planes, slice(y, y + height), slice(x, x + width))
+            if skip is not None and skip.empty[place].all():
+                continue
+            part = image[:, *place]
             logits = forward((part[:, 0] if is_flat else part)[None].contiguous())[0]
-            total[:, :, *where] += logits.to("cpu", torch.float32).view(classes, depth, height, width) * weights
-            weight[:, *where] += weights
-        done = following - start
-        yield total[:, :done] / weight[:done]
-        for sums in (total, weight):
-            kept = sums[..., done:, :, :].clone()
-            sums[..., : depth - done, :, :] = kept
-            sums[..., depth - done :, :, :] = 0
+            sums.add(logits.view(classes, depth, height, width), y, x)
+        yield sums.means(following - start, None if skip is None else skip.background)
+        sums.advance(following - start)
+
+
+def count_tiles(shape: Sequence[int], tile: Sequence[int], step: float) -> int:
+    """Tiles of a window over an image (D, H, W); arguments as for :func:`predict_slabs`."""
+    return math.prod(map(len, _starts(shape, tile, step)))
+
+
+def _starts(shape: Sequence[int], tile: Sequence[int], step: float) -> list[list[int]]:
+    """First voxels of the tiles along D, H and W."""
+    if len(tile) == 2:
+        return [list(range(shape[0])), *(tile_starts(*sizes, step) for sizes in zip(shape[1:], tile, strict=True))]
+    return [tile_starts(*sizes, step) for sizes in zip(shape, tile, strict=True)]
+
+
+class _Sums:
+    """Weighted logits of the planes that tiles reach at present. One class at a time, so copies are small.
+
+    Products and sums are rounded one by one, so that a voxel has the same bits wherever its row lies in memory.
+    """
+
+    def __init__(self, classes: int, depth: int, rows: slice, width: int, weights: Tensor) -> None:
+        self.rows, self.weights = rows, weights
+        self.total = torch.zeros(classes, depth, rows.stop - rows.start, width)
+        self.weight = torch.zeros(self.total.shape[1:])
+
+    def add(self, logits: Tensor, y: int, x: int) -> None:
+        """Add a tile (K, d, h, w) that begins at a row and a column of the volume."""
+        _, height, width = self.weights.shape
+        first, last = max(y, self.rows.start), min(y + height, self.rows.stop)
+        inside = (slice(None), slice(first - y, last - y))
+        where = (slice(None), slice(first - self.rows.start, last - self.rows.start), slice(x, x + width))
+        weights = self.weights[inside]
+        for total, channel in zip(self.total, logits.to("cpu", torch.float32), strict=True):
+            total[where] += channel[inside] * weights
+        self.weight[where] += weights
+
+    def means(self, planes: int, background: Tensor | None) -> Tensor:
+        """Logits (K, planes, rows, W) of the first planes, in the memory of their sums."""
+        done, weight = self.total[:, :planes], self.weight[:planes]
+        done /= weight
+        if background is not None:
+            nowhere = weight == 0
+            for channel, value in zip(done, background.tolist(), strict=True):
+                channel.masked_fill_(nowhere, value)
+        return done
+
+    def advance(self, planes: int) -> None:
+        """Forget the first planes and make room for as many at the end."""
+        for sums in (*self.total, self.weight):
+            kept = sums[planes:].clone()
+            sums[: len(kept)] = kept
+            sums[len(kept) :] = 0
 
 
 def with_mirroring(forward: Forward, axes: Sequence[int]) -> Forward:
@@ -100,21 +177,23 @@ def with_mirroring(forward: Forward, axes: Sequence[int]) -> Forward:
     ]
 
     def mirrored(x: Tensor) -> Tensor:
-        total = forward(x)
+        total = forward(x).clone()
         for chosen in combinations[1:]:
-            total = total + forward(x.flip(chosen)).flip(chosen)
-        return total / len(combinations)
+            total += forward(x.flip(chosen)).flip(chosen)
+        return total.div_(len(combinations))
 
     return mirrored
 
 
 def mean_of(forwards: Sequence[Forward]) -> Forward:
     """The mean over several networks, e.g. the folds of a model."""
+    if len(forwards) == 1:
+        return forwards[0]
 
     def averaged(x: Tensor) -> Tensor:
-        total = forwards[0](x)
+        total = forwards[0](x).clone()
         for forward in forwards[1:]:
-            total = total + forward(x)
-        return total / len(forwards)
+            total += forward(x)
+        return total.div_(len(forwards))
 
     return averaged
