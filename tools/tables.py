@@ -304,6 +304,21 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
+def presets_table() -> str:
+    """Presets of prediction, and how many forward passes they make of a volume much larger than the tile."""
+    from medmamba.inference.presets import PRESETS
+
+    first = PRESETS["accurate"]
+    rows = []
+    for name, preset in PRESETS.items():
+        share = (first.step / preset.step) ** 3 / (1 if preset.mirrors else 8)
+        mirrors = "as in training" if preset.mirrors else "none"
+        rows.append(
+            [f"`{name}`", str(preset.step), mirrors, "skipped" if preset.skips_air else "computed", f"{share:.1%}"]
+        )
+    return _table(["preset", "step", "mirroring", "tiles of air", "forward passes"], rows)
+
+
 def recipes_table() -> str:
     """Recipes and what they cost, from pretrain/results/recipes.csv."""
     from medmamba_pretrain.recipe import read_recipe
@@ -354,6 +369,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "model-problems": model_problems_table,
     "networks": networks_table,
     "networks-readme": lambda: networks_table("docs/reference/networks.md"),
+    "presets": presets_table,
     "recipes": recipes_table,
     "route-sets": route_sets_table,
     "ssm-modes": ssm_modes_table,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from itertools import permutations, product
 
 import nibabel
@@ -14,6 +15,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from medmamba.inference.folder import Options, run_folder
 from medmamba.inference.model import export_model, load_model
 from medmamba.inference.predictor.model_predictor import ModelPredictor
+from medmamba.inference.presets import PRESETS
 from medmamba.inference.reading import read_image
 
 
@@ -49,6 +51,23 @@ def test_a_single_fold_without_mirroring_is_its_network_alone(package, write_ima
     both = ModelPredictor(model, step=1.0, mirrors=False).predict([image], should_stop=lambda: False)
     assert one.labels.shape == both.labels.shape == image.values.shape
     assert not np.array_equal(one.labels, both.labels)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_predicts_and_says_how(package, write_image, tmp_path, name):
+    image = read_image(write_image(tmp_path / "a.nii.gz"))
+    predictor = ModelPredictor(load_model(package), **asdict(PRESETS[name]))
+    predicted = predictor.predict([image], should_stop=lambda: False)
+    assert predicted.labels.shape == image.values.shape
+    assert predictor.settings.items() >= asdict(PRESETS[name]).items()
+    assert predicted.facts["tiles_computed"] == predicted.facts["tiles"] > 1
+    assert predicted.facts["strips"] == 1
+
+
+def test_memory_that_cannot_do_is_refused_with_the_memory_that_would(package, write_image, tmp_path):
+    image = read_image(write_image(tmp_path / "a.nii.gz"))
+    with pytest.raises(MemoryError, match=r"0\.001 GB .* at least .* GB are needed"):
+        ModelPredictor(load_model(package), max_ram_gb=0.001).predict([image], should_stop=lambda: False)
 
 
 def test_one_volume_in_all_48_orientations_has_one_segmentation(make_trained, plans_of, tmp_path, write_image):

@@ -18,10 +18,19 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import nn
 
 from medmamba.inference.model.labels import read_labels
+from medmamba.inference.predictor import strips
 from medmamba.inference.predictor.case import Window, predict_case
 from medmamba.inference.predictor.labels import decide
 from medmamba.inference.predictor.resample import axis_maps, resample_slabs
-from medmamba.inference.predictor.window import mean_of, predict_slabs, tile_starts, tile_weights, with_mirroring
+from medmamba.inference.predictor.window import (
+    count_tiles,
+    mean_of,
+    predict_slabs,
+    tile_starts,
+    tile_weights,
+    with_mirroring,
+)
+from medmamba.inference.presets import PRESETS, Preset
 from medmamba.stop import Stopped
 
 SIZES = st.tuples(*[st.integers(1, 9)] * 3)
@@ -168,7 +177,9 @@ def test_planes_are_resampled_as_nnunet_resamples_the_volume(shape, target, spac
         logits.double(), target, spacing, target_spacing, order=1, order_z=0, force_separate_z=None
     )
     maps = axis_maps(shape, target, spacing, target_spacing)
-    ours = torch.cat(list(resample_slabs(logits.split(cut, 1), maps)), 1)
+    ours = torch.full((2, *target), torch.nan)
+    for plane, rows, block in resample_slabs(logits.split(cut, 1), maps):
+        ours[:, plane, rows] = block
     torch.testing.assert_close(ours.double(), torch.as_tensor(theirs), rtol=1e-5, atol=1e-5)
 
 
@@ -223,6 +234,52 @@ def test_a_request_to_stop_is_heard_between_two_tiles():
             Window(should_stop=should_stop),
         )  # fmt: skip
     assert asked == 4
+
+
+@pytest.mark.parametrize(
+    ("patch", "shape", "planned"),
+    [((8, 8, 8), (20, 40, 18), (1.2, 0.9, 1)), ((16, 16), (4, 50, 20), (1, 1)), ((8, 8, 8), (5, 40, 6), (1, 1, 1))],
+    ids=["3d", "2d", "thinner than the tile"],
+)
+def test_a_bound_on_memory_changes_no_label(monkeypatch, patch, shape, planned):
+    monkeypatch.setattr(strips, "memory_used", lambda: 0)
+    plans, labels, network = plans_of(patch, planned), read_labels(dataset_of(3)), Smooth(3, len(patch))
+    slab_row = 4 * 3 * (patch[0] if len(patch) == 3 else 1) * max(shape[2], patch[-1])
+    free, bound = Window(), Window(max_ram_bytes=2 * 20 * slab_row)
+    case = (blobs(shape), (1, 1, 1), network, plans, "3d_fullres", labels)
+    assert np.array_equal(predict_case(*case, free), predict_case(*case, bound))
+    assert free.facts["strips"] == 1 < bound.facts["strips"]
+    assert bound.facts["tiles_computed"] > free.facts["tiles_computed"] == free.facts["tiles"]
+
+
+@pytest.mark.parametrize("shape", [(24, 40, 48), (5, 40, 48)], ids=["deep", "thinner than the tile"])
+def test_air_around_a_body_is_left_out_and_the_labels_stay(shape):
+    plans = plans_of(schemes=("CTNormalization",))
+    values = np.random.default_rng(0).normal(-10, 1, (1, *shape)).astype(np.float32)
+    values[:, :, 4:20, 4:20] = blobs((shape[0], 16, 16))
+    labels, network = read_labels(dataset_of(3)), Smooth(3, 3)
+    free, skipping = Window(), Window(skips_air=True)
+    case = (values, (1, 1, 1), network, plans, "3d_fullres", labels)
+    whole = predict_case(*case, free)
+    assert np.array_equal(whole, predict_case(*case, skipping))
+    assert len(np.unique(whole)) == 3
+    assert free.facts["tiles_computed"] == skipping.facts["tiles"] > 2 * skipping.facts["tiles_computed"]
+
+
+def test_presets_take_less_and_less_and_the_first_is_nnunets():
+    image, passes = torch.zeros(1, 40, 40, 40), []
+    for preset in PRESETS.values():
+        views = 8 if preset.mirrors else 1
+        passes.append(views * count_tiles(image.shape[1:], (16, 16, 16), preset.step))
+    assert passes == sorted(passes, reverse=True)
+    assert len(set(passes)) == len(passes)
+    assert PRESETS["accurate"] == Preset(step=0.5, mirrors=True, skips_air=False)
+
+
+def test_of_equal_logits_the_first_wins():
+    labels = read_labels(dataset_of(4))
+    logits = torch.randint(0, 3, (4, 50, 60), generator=torch.Generator().manual_seed(0)).float()
+    assert torch.equal(decide(logits, labels).long(), torch.from_numpy(logits.numpy().argmax(0)))
 
 
 def test_another_resampling_of_logits_is_refused():

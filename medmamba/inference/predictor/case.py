@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,9 +14,11 @@ from torch import Tensor
 from medmamba.inference.model import Labels
 from medmamba.stop import Stopped
 
-from .labels import decide, dtype_of
-from .resample import axis_maps, resample_slabs
-from .window import Forward, predict_slabs
+from .air import empty_voxels, is_masked
+from .labels import background_logits, decide, dtype_of
+from .resample import AxisMap, axis_maps, resample_slabs
+from .strips import divide_rows
+from .window import Forward, Skip, count_tiles, predict_slabs
 
 #: How nnU-Net's plans name the resampling that :mod:`.resample` repeats, and the arguments that it stands for.
 _RESAMPLING = "resample_data_or_seg_to_shape"
@@ -25,15 +27,22 @@ _ARGUMENTS = {"is_seg": False, "order": 1, "order_z": 0, "force_separate_z": Non
 
 @dataclass(frozen=True)
 class Window:
-    """How the sliding window moves.
+    """How the sliding window moves, and what it may take.
 
     Attributes:
         step: largest distance of two tiles over their size; nnU-Net's is 0.5.
         should_stop: asked before every tile.
+        skips_air: whether tiles in which there is nothing are left out; see :mod:`.air`.
+        max_ram_bytes: of the process, see :mod:`.strips`; None: what the machine or container has.
+        facts: takes what there is to report: ``tiles`` of the window, ``tiles_computed`` of them (more where strips
+            share tiles), ``strips``.
     """
 
     step: float = 0.5
     should_stop: Callable[[], bool] = lambda: False
+    skips_air: bool = False
+    max_ram_bytes: int | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
 
 
 def predict_case(
@@ -61,6 +70,7 @@ def predict_case(
 
     Raises:
         Stopped: the window was asked to stop.
+        MemoryError: ``max_ram_bytes`` is too little for this image.
         ValueError: plans with another resampling of logits than nnU-Net's default.
     """
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
@@ -73,35 +83,64 @@ def predict_case(
     data, _, properties = settings.preprocessor_class(verbose=False).run_case_npy(
         values, None, properties, manager, settings, {}
     )
-    image, inner = _padded(torch.from_numpy(np.ascontiguousarray(data, dtype=np.float32)), settings.patch_size)
+    image = torch.from_numpy(np.ascontiguousarray(data, dtype=np.float32))
     del data
     before = [properties["spacing"][axis] for axis in manager.transpose_forward]
     planned = list(settings.spacing)
     target = properties["shape_after_cropping_and_before_resampling"]
-    maps = axis_maps(
-        [part.stop - part.start for part in inner], target, [before[0]] * (3 - len(planned)) + planned, before
-    )
-    slabs = predict_slabs(
-        image, _unless(window, forward), tile=settings.patch_size, step=window.step, classes=labels.num_heads
-    )
-    cropped = torch.empty(tuple(target), dtype=dtype_of(labels))
-    done = 0
-    for logits in resample_slabs(_without_padding(slabs, inner), maps):
-        cropped[done : done + logits.shape[1]] = decide(logits, labels)
-        done += logits.shape[1]
+    maps = axis_maps(image.shape[1:], target, [before[0]] * (3 - len(planned)) + planned, before)
+    masked = is_masked(settings.normalization_schemes, settings.use_mask_for_norm)
+    empty = empty_voxels(image, masked) if window.skips_air else None
+    cropped = _segmented(image, empty, maps, settings.patch_size, forward, labels, window)
     whole = torch.zeros(tuple(properties["shape_before_cropping"]), dtype=dtype_of(labels))
     whole[tuple(slice(*bounds) for bounds in properties["bbox_used_for_cropping"])] = cropped
     return np.ascontiguousarray(whole.numpy().transpose(manager.transpose_backward))
 
 
-def _unless(window: Window, forward: Forward) -> Forward:
-    def asked(x: Tensor) -> Tensor:
-        if window.should_stop():
-            raise Stopped
-        with torch.inference_mode():
-            return forward(x)
+def _segmented(
+    image: Tensor,
+    empty: Tensor | None,
+    maps: Sequence[AxisMap],
+    tile: Sequence[int],
+    forward: Forward,
+    labels: Labels,
+    window: Window,
+) -> Tensor:
+    """Labels of a preprocessed image (C, D, H, W) on the grid that the maps lead to."""
+    padded, inner = pad_to_tile(image, tile)
+    skip = None
+    if empty is not None:
+        skip = Skip(pad_to_tile(empty[None], tile, True)[0][0], background_logits(labels))
+    computed = _Counted(forward, window.should_stop)
+    row_bytes = 4 * labels.num_heads * (tile[0] if len(tile) == 3 else 1) * padded.shape[3]
+    strips = divide_rows(maps[1], tile[-2], row_bytes, window.max_ram_bytes)
+    result = torch.empty(tuple(len(each.low) for each in maps), dtype=dtype_of(labels))
+    for wanted, needed in strips:
+        _, rows = maps[1].part(wanted)
+        within = slice(inner[1].start + needed.start, inner[1].start + needed.stop)
+        slabs = predict_slabs(
+            padded, computed, tile=tile, step=window.step, classes=labels.num_heads, rows=within, skip=skip
+        )
+        part = result[:, wanted]
+        for plane, some, logits in resample_slabs(_without_padding(slabs, inner), (maps[0], rows, maps[2])):
+            part[plane, some] = decide(logits, labels)
+    tiles = count_tiles(padded.shape[1:], tile, window.step)
+    window.facts.update(tiles=tiles, tiles_computed=computed.calls, strips=len(strips))
+    return result
 
-    return asked
+
+class _Counted:
+    """A forward pass that may be stopped before, and is counted."""
+
+    def __init__(self, forward: Forward, should_stop: Callable[[], bool]) -> None:
+        self.forward, self.should_stop, self.calls = forward, should_stop, 0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.should_stop():
+            raise Stopped
+        self.calls += 1
+        with torch.inference_mode():
+            return self.forward(x)
 
 
 def _check_resampling(configuration: Mapping[str, Any]) -> None:
@@ -114,8 +153,8 @@ def _check_resampling(configuration: Mapping[str, Any]) -> None:
         )
 
 
-def _padded(image: Tensor, tile: Sequence[int]) -> tuple[Tensor, list[slice]]:
-    """The image with zeros around it where it is smaller than the tile, as nnU-Net pads, and where it lies within."""
+def pad_to_tile(image: Tensor, tile: Sequence[int], value: float = 0) -> tuple[Tensor, list[slice]]:
+    """The image (C, D, H, W) within a margin where it is smaller than the tile, as nnU-Net pads, and its place."""
     wanted = [*image.shape[1 : 4 - len(tile)], *tile]
     missing = [max(0, size - here) for size, here in zip(wanted, image.shape[1:], strict=True)]
     before = [size // 2 for size in missing]
@@ -124,14 +163,15 @@ def _padded(image: Tensor, tile: Sequence[int]) -> tuple[Tensor, list[slice]]:
         return image, inner
     sides = [(first, both - first) for first, both in zip(before, missing, strict=True)]
     # torch pads the last axis first.
-    return torch.nn.functional.pad(image, [size for pair in reversed(sides) for size in pair]), inner
+    return torch.nn.functional.pad(image, [size for pair in reversed(sides) for size in pair], value=value), inner
 
 
-def _without_padding(slabs: Any, inner: Sequence[slice]) -> Any:
-    along, rows, columns = inner
+def _without_padding(slabs: Iterable[Tensor], inner: Sequence[slice]) -> Iterator[Tensor]:
+    """Slabs (K, n, rows, W) without the planes and columns of padding; the rows are without already."""
+    along, _, columns = inner
     first = 0
     for slab in slabs:
         start, stop = max(along.start - first, 0), min(along.stop - first, slab.shape[1])
         first += slab.shape[1]
         if start < stop:
-            yield slab[:, start:stop, rows, columns]
+            yield slab[:, start:stop, :, columns]

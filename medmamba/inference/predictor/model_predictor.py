@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from medmamba.inference.reading import Image
 from medmamba.inference.reading.content import has_content
 
 from .case import Window, predict_case
+from .machine import threads_available
 from .window import Forward, mean_of, with_mirroring
 
 
@@ -32,6 +34,9 @@ class ModelPredictor:
         device: to compute on.
         step: largest distance of two tiles over their size.
         mirrors: whether to average over reflections.
+        skips_air: whether tiles in which there is nothing are left out; see :mod:`.air`.
+        max_ram_gb: what this process may hold, in 10^9 bytes; None: what machine and container leave to it. It changes
+            no label, only the time; see :mod:`.strips`.
     """
 
     model: Model
@@ -39,6 +44,8 @@ class ModelPredictor:
     device: str = "cpu"
     step: float = 0.5
     mirrors: bool = True
+    skips_air: bool = False
+    max_ram_gb: float | None = None
 
     @property
     def id(self) -> str:
@@ -55,7 +62,12 @@ class ModelPredictor:
     @property
     def settings(self) -> dict[str, Any]:
         """What decides the labels besides the model, for the report."""
-        return {"folds": list(self.folds_used), "step": self.step, "mirrors": self.mirrors}
+        return {
+            "folds": list(self.folds_used),
+            "step": self.step,
+            "mirrors": self.mirrors,
+            "skips_air": self.skips_air,
+        }
 
     @property
     def folds_used(self) -> Sequence[str]:
@@ -78,6 +90,8 @@ class ModelPredictor:
         values = np.stack([image.values for image, _ in turned])
         first, orientation = turned[0]
         spacing = first.spacing_mm
+        most = None if self.max_ram_gb is None else int(self.max_ram_gb * 1e9)
+        window = Window(self.step, should_stop, self.skips_air, most)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # nnU-Net's preprocessing warns of what was checked when the image was read
             labels = predict_case(
@@ -87,13 +101,15 @@ class ModelPredictor:
                 self.model.plans,
                 self.model.configuration_name,
                 self.model.outputs,
-                Window(self.step, should_stop),
+                window,
             )
         small = labels.astype(dtype, copy=False)
-        return Prediction(small if orientation is None else orientation.undo(small), {"spacing_mm": list(spacing)})
+        facts = {"spacing_mm": list(spacing), **window.facts}
+        return Prediction(small if orientation is None else orientation.undo(small), facts)
 
     @cached_property
     def _forward(self) -> Forward:
+        limit_threads()
         networks = [self.model.network(fold).to(self.device) for fold in self.folds_used]
 
         def on_device(network: torch.nn.Module) -> Forward:
@@ -111,3 +127,12 @@ class ModelPredictor:
             return image, None
         values, orientation = to_canonical(image.values, image.affine)
         return replace(image, values=values, affine=orientation.affine), orientation
+
+
+def limit_threads() -> None:
+    """Give torch no more threads than this process may keep busy, unless the user chose their number.
+
+    torch takes all cores that it sees, nnU-Net at most eight of them. What torch does not see is a container's quota.
+    """
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(min(torch.get_num_threads(), threads_available()))

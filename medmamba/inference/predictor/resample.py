@@ -16,6 +16,8 @@ from torch import Tensor
 
 #: An axis this much coarser than the finest one is resampled by itself, as in nnU-Net.
 _ANISOTROPIC = 3
+#: Logits of the result that are made at a time.
+_BLOCK = 2**19
 
 
 @dataclass(frozen=True)
@@ -23,8 +25,8 @@ class AxisMap:
     """Where the values along one axis of the result come from: ``(1 - share) * x[low] + share * x[high]``.
 
     Attributes:
-        low: (n,) int64.
-        high: (n,) int64.
+        low: (n,) int64, ascending.
+        high: (n,) int64, ascending; ``low`` where the share is 0.
         share: (n,) float32 in [0, 1].
     """
 
@@ -37,8 +39,9 @@ class AxisMap:
         """Linear between the centres of voxels, ``size`` of them to ``target``; constant outside."""
         place = np.clip((np.arange(target) + 0.5) * size / target - 0.5, 0, size - 1)
         low = np.floor(place).astype(np.int64)
-        high = np.minimum(low + 1, size - 1)
-        return cls(torch.from_numpy(low), torch.from_numpy(high), torch.from_numpy(place - low).to(torch.float32))
+        share = (place - low).astype(np.float32)
+        high = np.where(share > 0, np.minimum(low + 1, size - 1), low)
+        return cls(torch.from_numpy(low), torch.from_numpy(high), torch.from_numpy(share))
 
     @classmethod
     def nearest(cls, size: int, target: int) -> AxisMap:
@@ -50,6 +53,12 @@ class AxisMap:
     @property
     def is_identity(self) -> bool:
         return bool((self.share == 0).all()) and torch.equal(self.low, torch.arange(len(self.low)))
+
+    def part(self, wanted: slice) -> tuple[slice, AxisMap]:
+        """What a part of the result needs of the source, and the map from there."""
+        low, high = self.low[wanted], self.high[wanted]
+        needed = slice(int(low[0]), int(high[-1]) + 1)
+        return needed, AxisMap(low - needed.start, high - needed.start, self.share[wanted])
 
     def apply(self, x: Tensor, axis: int) -> Tensor:
         """Along one axis of a tensor."""
@@ -87,29 +96,37 @@ def _axis_alone(spacing: Sequence[float], target_spacing: Sequence[float]) -> in
     return None
 
 
-def resample_slabs(slabs: Iterable[Tensor], maps: Sequence[AxisMap]) -> Iterator[Tensor]:
-    """Slabs of a volume to slabs of the result, in order.
+def resample_slabs(slabs: Iterable[Tensor], maps: Sequence[AxisMap]) -> Iterator[tuple[int, slice, Tensor]]:
+    """Slabs of a volume to the result, a few rows of a plane at a time: what is in hand stays in the cache.
 
     Args:
         slabs: (K, n, H, W) each, all planes of the source in order.
         maps: of D, H, W.
 
     Yields:
-        (K, m, *target plane), all planes of the result in order; nothing where a slab completes none.
+        number of a plane of the result, some of its rows, and their logits (K, rows, W); all of them in order.
     """
     along, rows, columns = maps
-    kept: Tensor | None = None  # the last plane that is still needed, resampled within
+    blocks: list[tuple[slice, slice, AxisMap]] | None = None
+    kept: list[Tensor] = []  # the last plane, which the next one may need
     first, done = 0, 0  # number of the first plane in hand; planes of the result that are out
     for slab in slabs:
-        inside = columns.apply(rows.apply(slab, 2), 3)
-        planes = inside if kept is None else torch.cat([kept, inside], 1)
-        last = first + planes.shape[1] - 1
+        blocks = blocks or list(_blocks(rows, len(slab) * len(columns.low)))
+        planes = [*kept, *slab.unbind(1)]
+        last = first + len(planes) - 1
         ready = int(torch.searchsorted(along.high, last, right=True))
-        if ready > done:
-            part = slice(done, ready)
-            low, high = along.low[part] - first, along.high[part] - first
-            share = along.share[part].view(1, -1, 1, 1)
-            yield torch.lerp(planes.index_select(1, low), planes.index_select(1, high), share)
-            done = ready
-        kept = planes[:, -1:].clone()
-        first = last
+        for plane in range(done, ready):
+            low, high = planes[along.low[plane] - first], planes[along.high[plane] - first]
+            share = float(along.share[plane])
+            for wanted, needed, map_of_rows in blocks:
+                x = torch.lerp(low[:, needed], high[:, needed], share) if share else low[:, needed]
+                yield plane, wanted, columns.apply(map_of_rows.apply(x, 1), 2)
+        kept, first, done = [planes[-1].clone()], last, ready
+
+
+def _blocks(rows: AxisMap, row_size: int) -> Iterator[tuple[slice, slice, AxisMap]]:
+    """Rows of the result, the rows of the source that they need, and their map."""
+    step = max(1, _BLOCK // row_size)
+    for start in range(0, len(rows.low), step):
+        wanted = slice(start, min(start + step, len(rows.low)))
+        yield wanted, *rows.part(wanted)
