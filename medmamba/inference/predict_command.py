@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from medmamba.command import Command, CommandError
+from medmamba.inference.presets import PRESETS
 from medmamba.stop import EXIT_INTERRUPTED, StopRequest
 
 if TYPE_CHECKING:
@@ -29,8 +30,10 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     add("-o", "--output", type=Path, required=True, metavar="OUTPUT", help="folder, or a file for one image")
     add("--format", choices=_WRITTEN, help="of the segmentations; default: that of each image")
     add("-f", "--fold", nargs="+", default=[], metavar="FOLD", help="folds to average; default: all of the model")
-    add("-step_size", "--step", type=_step, default=0.5, metavar="SHARE", help="of the window; default 0.5")
+    add("--preset", choices=list(PRESETS), default="accurate", help="accurate (default, as nnU-Net), balanced or fast")
+    add("-step_size", "--step", type=_step, metavar="SHARE", help="of the window; default: the preset's")
     add("--disable_tta", "--no-mirroring", action="store_true", help="do not average over reflections: faster")
+    add("--max-ram", type=_gigabytes, metavar="GB", help="this process may hold; default: what there is")
     add("-device", "--device", default="auto", help="cpu, cuda, cuda:1, ...; default: cuda where there is one")
     add("--restart", action="store_true", help="do every case again; default: keep results that verify")
     add("--no-preview", action="store_true", help="write no preview/CASE.png")
@@ -55,8 +58,15 @@ def _run(arguments: argparse.Namespace) -> int:
         device = _device(arguments.device)
         try:
             model = load_model(arguments.model)
+            preset = PRESETS[arguments.preset]
             predictor = ModelPredictor(
-                model, tuple(arguments.fold), device, arguments.step, mirrors=not arguments.disable_tta
+                model,
+                tuple(arguments.fold),
+                device,
+                step=preset.step if arguments.step is None else arguments.step,
+                mirrors=preset.mirrors and not arguments.disable_tta,
+                skips_air=preset.skips_air,
+                max_ram_gb=arguments.max_ram,
             )
             predictor.prepare()
         except ModelRefused as error:
@@ -102,6 +112,13 @@ def _device(name: str) -> str:
         reason = str(error).splitlines()[0]
         raise CommandError(f"--device {name} cannot be used ({reason}); say --device cpu") from error
     return name
+
+
+def _gigabytes(text: str) -> float:
+    number = float(text)
+    if not number > 0:
+        raise argparse.ArgumentTypeError("must be above 0")
+    return number
 
 
 def _step(text: str) -> float:

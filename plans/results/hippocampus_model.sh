@@ -3,7 +3,7 @@
 #
 #     bash plans/results/hippocampus_model.sh WORK_FOLDER DATASET_FOLDER
 #
-# DATASET_FOLDER is nnU-Net's raw Dataset004_Hippocampus. About an hour on one core. nnU-Net draws crops and initial
+# DATASET_FOLDER is nnU-Net's raw Dataset004_Hippocampus. About half an hour on two cores. nnU-Net draws crops and initial
 # values without a seed, so a second run gives another model of about the same accuracy.
 set -euo pipefail
 
@@ -25,7 +25,7 @@ EOF
 
 medmamba plan -d 4 -c 3d_fullres --network vmunet --variant small --plans-name $plans -np 1 \
     --batch-size 2 --patch-size 40 56 40 \
-    --epochs 80 --iterations 50 --val-iterations 2 --warmup-epochs 2 --optimizer AdamW --lr 3e-3
+    --epochs 40 --iterations 50 --val-iterations 2 --warmup-epochs 2 --optimizer AdamW --lr 3e-3
 nnUNetv2_preprocess -d 4 -c 3d_fullres -plans_name $plans -np 1
 medmamba train 4 3d_fullres 0 -p $plans -device cpu
 medmamba export "$nnUNet_results"/Dataset004_Hippocampus/*__${plans}__3d_fullres -o "$work/hippocampus" --fold 0 --half \

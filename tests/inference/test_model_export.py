@@ -507,3 +507,20 @@ def test_a_seal_accepts_nothing_but_the_card(file, copied):
 def test_every_problem_has_its_number():
     assert all(len(code) == 9 and code.startswith("MM-MD-") and code[6:].isdigit() for code in PROBLEMS)
     assert len(set(PROBLEMS.values())) == len(PROBLEMS)
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments"),
+    [("resample_data_or_seg_to_shape", {"order": 3}), ("resample_torch_fornnunet", {}), ("no_resampling_hack", {})],
+)
+def test_a_resampling_of_logits_that_prediction_does_not_know_is_refused(
+    make_trained, plans_of, tmp_path, function, arguments
+):
+    plans = plans_of("PlainConvUNet")
+    plans["configurations"]["3d_fullres"]["resampling_fn_probabilities"] = function
+    plans["configurations"]["3d_fullres"]["resampling_fn_probabilities_kwargs"] = arguments
+    trained = make_trained(tmp_path / "trained", plans=plans)
+    with pytest.raises(ModelRefused, match="predict with nnUNetv2_predict") as refusal:
+        export_model(trained.folder, tmp_path / "model")
+    assert refusal.value.code == "MM-MD-011"
+    assert not (tmp_path / "model").exists()

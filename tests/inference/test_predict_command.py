@@ -70,6 +70,32 @@ def test_a_second_run_keeps_what_verifies_unless_asked_otherwise_or_with_other_s
         before = {path: path.stat().st_mtime_ns for path in before}
 
 
+@pytest.mark.parametrize(
+    ("options", "settings"),
+    [
+        ([], (0.5, True, False)),
+        (["--preset", "balanced"], (0.5, False, True)),
+        (["--preset", "fast"], (0.75, False, True)),
+        (["--preset", "fast", "--step", "1"], (1.0, False, True)),
+        (["--disable_tta", "--max-ram", "100"], (0.5, False, False)),
+    ],
+)
+def test_a_preset_decides_what_no_option_does(package, write_image, tmp_path, options, settings):
+    image = write_image(tmp_path / "a.nii.gz", values=np.arange(512, dtype=np.int16).reshape(8, 8, 8), at=np.eye(4))
+    words = ["predict", "-m", str(package), "-i", str(image), "-o", str(tmp_path / "b.nii.gz"), "--no-preview"]
+    assert main([*words, *options]) == 0
+    found = cases_of(tmp_path / "b.report.jsonl")["a"]["settings"]
+    assert (found["step"], found["mirrors"], found["skips_air"]) == settings
+
+
+def test_too_little_memory_fails_the_case_with_the_number_that_is_needed(predict, write_image, tmp_path):
+    write_image(tmp_path / "in" / "a.nii.gz")
+    assert predict(tmp_path / "in", tmp_path / "out", "--max-ram", "0.01")[0] == 4
+    error = cases_of(tmp_path / "out" / "report.jsonl")["a"]["error"]
+    assert error["id"] == "MM-RN-001"
+    assert "GB are needed" in error["cause"]
+
+
 def test_one_image_goes_into_one_file_with_report_and_picture_beside_it(predict, write_image, tmp_path):
     image = write_image(tmp_path / "in" / "scan.nii.gz")
     assert predict(image, tmp_path / "out" / "seg.nii")[0] == 0

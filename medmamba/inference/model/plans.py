@@ -70,6 +70,9 @@ _RESAMPLING: Mapping[str, Mapping[str, Check[object]]] = {
     "no_resampling_hack": {},
 }
 _RESAMPLED = ("data", "seg", "probabilities")
+#: The resampling of logits that :mod:`medmamba.inference.predictor.resample` repeats, and what it is called with.
+_LOGITS_RESAMPLING = "resample_data_or_seg_to_shape"
+_LOGITS_ARGUMENTS = {"is_seg": False, "order": 1, "order_z": 0, "force_separate_z": None}
 
 _PLANS_NEEDED = (
     "dataset_name",
@@ -184,8 +187,25 @@ def _check_configuration(value: object, where: str, num_channels: int) -> list[s
     items(given["use_mask_for_norm"], f"{where}.use_mask_for_norm", flag, length=num_channels)
     for what in _RESAMPLED:
         _check_resampling(given, f"resampling_fn_{what}", where)
+    check_logits_resampling(given, f"model.json: {where}")
     check_architecture(given["architecture"], f"{where}.architecture", patch)
     return schemes
+
+
+def check_logits_resampling(configuration: Mapping[str, Any], where: str) -> None:
+    """Compare with the one way to resample logits that is known here.
+
+    Raises:
+        ModelRefused: MM-MD-011.
+    """
+    name = configuration["resampling_fn_probabilities"]
+    arguments = {**_LOGITS_ARGUMENTS, **configuration["resampling_fn_probabilities_kwargs"]}
+    if name != _LOGITS_RESAMPLING or arguments != _LOGITS_ARGUMENTS:
+        raise ModelRefused(
+            "MM-MD-011",
+            f"{where} resamples logits with {name} {shown(arguments)}; only nnU-Net's default, {_LOGITS_RESAMPLING} "
+            f"with {_LOGITS_ARGUMENTS}, is known here: predict with nnUNetv2_predict",
+        )
 
 
 def _check_resampling(given: Mapping[str, Any], key: str, where: str) -> None:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from medmamba.inference.model import Labels
+from medmamba.inference.model.plans import check_logits_resampling
 from medmamba.stop import Stopped
 
 from .air import empty_voxels, is_masked
@@ -19,10 +20,6 @@ from .labels import background_logits, decide, dtype_of
 from .resample import AxisMap, axis_maps, resample_slabs
 from .strips import divide_rows
 from .window import Forward, Skip, count_tiles, predict_slabs
-
-#: How nnU-Net's plans name the resampling that :mod:`.resample` repeats, and the arguments that it stands for.
-_RESAMPLING = "resample_data_or_seg_to_shape"
-_ARGUMENTS = {"is_seg": False, "order": 1, "order_z": 0, "force_separate_z": None}
 
 
 @dataclass(frozen=True)
@@ -71,14 +68,14 @@ def predict_case(
     Raises:
         Stopped: the window was asked to stop.
         MemoryError: ``max_ram_bytes`` is too little for this image.
-        ValueError: plans with another resampling of logits than nnU-Net's default.
+        ModelRefused: plans with another resampling of logits than nnU-Net's default.
     """
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
     window = window or Window()
     manager = PlansManager(dict(plans))
     settings = manager.get_configuration(configuration)
-    _check_resampling(settings.configuration)
+    check_logits_resampling(settings.configuration, f"configuration {configuration}")
     properties: dict[str, Any] = {"spacing": list(spacing_mm)}
     data, _, properties = settings.preprocessor_class(verbose=False).run_case_npy(
         values, None, properties, manager, settings, {}
@@ -141,16 +138,6 @@ class _Counted:
         self.calls += 1
         with torch.inference_mode():
             return self.forward(x)
-
-
-def _check_resampling(configuration: Mapping[str, Any]) -> None:
-    name = configuration["resampling_fn_probabilities"]
-    arguments = {**_ARGUMENTS, **configuration["resampling_fn_probabilities_kwargs"]}
-    if name != _RESAMPLING or arguments != _ARGUMENTS:
-        raise ValueError(
-            f"the plans resample logits with {name} {arguments}; only nnU-Net's default, {_RESAMPLING} with "
-            f"{_ARGUMENTS}, is known here: predict with nnUNetv2_predict"
-        )
 
 
 def pad_to_tile(image: Tensor, tile: Sequence[int], value: float = 0) -> tuple[Tensor, list[slice]]:
