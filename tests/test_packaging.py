@@ -6,6 +6,7 @@ The builds are slow; what cibuildwheel is told is read here and not run.
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import shutil
 import subprocess
@@ -160,6 +161,15 @@ def test_the_wheel_alone_passes_the_check_that_cibuildwheel_runs(offline_wheel, 
     output = call(builder, CHECKOUT / "tools" / "check_wheel.py", cwd=tmp_path, PYTHONPATH=str(tmp_path / "site"))
     assert f"library: {tmp_path / 'site'}" in output
     assert "values and gradients agree" in output
+
+
+@pytest.mark.slow
+def test_the_wheel_changes_nothing_that_is_installed_already(offline_wheel, tmp_path):
+    """pip's own answer, without an index: beside torch and nnU-Net it would install medmamba and nothing else."""
+    report = tmp_path / "report.json"
+    pip = [sys.executable, "-m", "pip", "install", "--dry-run", "--no-index", "--report", report]
+    call(*pip, "--upgrade", offline_wheel)
+    assert {item["metadata"]["name"] for item in json.loads(report.read_text())["install"]} <= {"medmamba"}
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -225,3 +226,29 @@ def test_sigterm_at_any_time_ends_with_75_and_the_same_command_completes(package
         assert verify_segmentation(path) is None
     assert main([*words[:-2], *FAST]) == 0
     assert len(list((tmp_path / "out").glob("*.nii.gz"))) == 3
+
+
+@pytest.mark.slow
+def test_a_real_prediction_starts_no_process_and_opens_no_shared_memory(package, five, tmp_path):
+    code = f"""
+        import sys
+
+        from medmamba.cli import main
+
+        FORBIDDEN = ("os.fork", "os.forkpty", "os.posix_spawn", "os.spawn", "os.exec", "os.system", "subprocess.Popen")
+        LOOK_UPS = (["/sbin/ldconfig", "-p"], ["/bin/sh", "-c", "hostname"])  # of libraries, while they are imported
+        seen = []
+
+        def listen(event, arguments):
+            is_look_up = event == "subprocess.Popen" and arguments[1] in LOOK_UPS
+            shares = event == "open" and str(arguments[0]).startswith("/dev/shm")
+            if shares or (event in FORBIDDEN and not is_look_up):
+                seen.append((event, str(arguments)[:200]))
+
+        sys.addaudithook(listen)
+        code = main(["predict", "-m", {str(package)!r}, "-i", {str(five)!r}, "-o", {str(tmp_path / "out")!r}, *{FAST}])
+        assert not seen, seen
+        sys.exit(code)
+    """
+    result = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=600)
+    assert result.returncode == 3, result.stderr
