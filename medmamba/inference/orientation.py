@@ -7,6 +7,7 @@ to it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -83,14 +84,19 @@ def to_canonical(values: NDArray[_Scalar], affine: NDArray[np.float64]) -> tuple
     """
     if values.ndim != 3:
         raise ValueError(f"values must be (D, H, W), got shape {values.shape}")
+    orientation = orientation_of(values.shape, affine)
+    return orientation.apply(values), orientation
+
+
+def orientation_of(shape: Sequence[int], affine: NDArray[np.float64]) -> Orientation:
+    """How :func:`to_canonical` turns an array of this shape, (D, H, W), without one."""
     to_ras = _nearest_axes(affine)
     axes = [0, 0, 0]
     flips = [False, False, False]
     for x_axis, (direction, sign) in enumerate(to_ras):
         axes[2 - int(direction)], flips[2 - int(direction)] = 2 - x_axis, bool(sign < 0)
-    index = nibabel.orientations.inv_ornt_aff(to_ras, values.shape[::-1])
-    orientation = Orientation((axes[0], axes[1], axes[2]), (flips[0], flips[1], flips[2]), affine @ index)
-    return orientation.apply(values), orientation
+    index = nibabel.orientations.inv_ornt_aff(to_ras, tuple(shape)[::-1])
+    return Orientation((axes[0], axes[1], axes[2]), (flips[0], flips[1], flips[2]), affine @ index)
 
 
 def axis_codes(affine: NDArray[np.float64]) -> str:

@@ -18,6 +18,7 @@ from medmamba.inference.reading.content import Policy, settled
 from medmamba.inference.reading.geometry import corners_apart
 
 from .cases import Case
+from .cost import Cost
 from .finding import Finding
 
 _SAMPLES_PER_AXIS = 100
@@ -30,14 +31,18 @@ class Reading:
     """How files are read.
 
     Attributes:
-        policy: which values are taken.
+        policy: which values are taken; one for all channels, or one for each.
         volume: of files with several.
         prefer: which form of a NIfTI counts where both are set.
     """
 
-    policy: Policy = field(default_factory=Policy)
+    policy: Policy | Sequence[Policy] = field(default_factory=Policy)
     volume: int | None = None
     prefer: Literal["sform", "qform"] = "sform"
+
+    def policy_of(self, channel: int) -> Policy:
+        """Of a channel, counted from 0."""
+        return self.policy if isinstance(self.policy, Policy) else self.policy[channel]
 
 
 @dataclass(frozen=True)
@@ -47,12 +52,14 @@ class ChannelFacts:
     Attributes:
         file: its name.
         content: SHA-256 of dtype, shape and voxels; equal where a file was copied, in whatever format.
+        dtype: of the voxels after the file's own rescaling, e.g. "int16".
         low, high: of all voxels.
         percentiles: 0.5, 50 and 99.5, of a regular subset of the voxels.
     """
 
     file: str
     content: str
+    dtype: str
     low: float
     high: float
     percentiles: tuple[float, float, float]
@@ -73,6 +80,7 @@ class CaseReport:
         axes: where x, y, z of the file point to, e.g. "LPS".
         channels: those that could be read.
         seconds: what looking at it took.
+        cost: what predicting it takes; None where no model was given.
     """
 
     case: str
@@ -85,6 +93,7 @@ class CaseReport:
     axes: str = ""
     channels: tuple[ChannelFacts, ...] = ()
     seconds: float = 0.0
+    cost: Cost | None = None
 
     @property
     def status(self) -> str:
@@ -109,12 +118,31 @@ def examine(case: Case | Path, reading: Reading | None = None, checks: Sequence[
     """
     case = Case(case.name, (case,)) if isinstance(case, Path) else case
     start = time.monotonic()
-    report = CaseReport(case.id, tuple(path.name for path in case.files))
     if case.problem is not None:
-        return replace(report, findings=(case.problem,))
+        return replace(_empty(case), findings=(case.problem,))
+    reading = reading or Reading()
+    report = _of_channels(case, (_examined(path, reading, number) for number, path in enumerate(case.files)))
+    for check in checks:
+        if report.status != "refused":
+            report = replace(report, findings=report.findings + tuple(check(report)))
+    return replace(report, seconds=round(time.monotonic() - start, 3))
+
+
+def describe(case: Case, images: Sequence[Image]) -> CaseReport:
+    """The report of a case whose channels are in memory, for checks; its notes are those of the images."""
+    named = zip(images, (path.name for path in case.files), strict=True)
+    return _of_channels(case, (_described(image, name) for image, name in named))
+
+
+def _empty(case: Case) -> CaseReport:
+    return CaseReport(case.id, tuple(path.name for path in case.files))
+
+
+def _of_channels(case: Case, channels: Iterable[_Channel]) -> CaseReport:
+    """One report from channels that are looked at one after the other."""
+    report = _empty(case)
     place: _Place | None = None
-    for path in case.files:
-        channel = _examined(path, reading or Reading())
+    for channel in channels:
         report = replace(report, findings=report.findings + channel.findings)
         if channel.facts is None or channel.place is None:
             continue
@@ -123,11 +151,8 @@ def examine(case: Case | Path, reading: Reading | None = None, checks: Sequence[
             place = channel.place
             report = _with_place(report, place)
         else:
-            report = replace(report, findings=report.findings + _other_grid(place, channel.place, path.name))
-    for check in checks:
-        if report.status != "refused":
-            report = replace(report, findings=report.findings + tuple(check(report)))
-    return replace(report, seconds=round(time.monotonic() - start, 3))
+            report = replace(report, findings=report.findings + _other_grid(place, channel.place, channel.facts.file))
+    return report
 
 
 @dataclass(frozen=True)
@@ -144,16 +169,18 @@ class _Channel:
     place: _Place | None = None
 
 
-def _examined(path: Path, reading: Reading) -> _Channel:
+def _examined(path: Path, reading: Reading, number: int) -> _Channel:
     """One file; all that can go wrong with it becomes a finding."""
-    name = path.name
     try:
-        image = settled(read_image(path, volume=reading.volume, prefer=reading.prefer), reading.policy)
-        facts = _facts_of(image, name)
+        image = read_image(path, volume=reading.volume, prefer=reading.prefer)
+        return _described(settled(image, reading.policy_of(number)), path.name)
     except Exception as error:
-        return _Channel((Finding.of_error(error, name),))
+        return _Channel((Finding.of_error(error, path.name),))
+
+
+def _described(image: Image, name: str) -> _Channel:
     notes = tuple(Finding.of_note(note, name) for note in image.notes)
-    return _Channel(notes, facts, _Place(image.values.shape, image.affine, image.spacing_mm))
+    return _Channel(notes, _facts_of(image, name), _Place(image.values.shape, image.affine, image.spacing_mm))
 
 
 def _facts_of(image: Image, name: str) -> ChannelFacts:
@@ -161,7 +188,7 @@ def _facts_of(image: Image, name: str) -> ChannelFacts:
     sample = values[tuple(slice(None, None, max(1, size // _SAMPLES_PER_AXIS)) for size in values.shape)]
     low, middle, high = (float(value) for value in np.percentile(sample, [0.5, 50, 99.5]))
     extremes = float(values.min()), float(values.max())
-    return ChannelFacts(name, _content_hash(values), *extremes, (low, middle, high))
+    return ChannelFacts(name, _content_hash(values), str(values.dtype), *extremes, (low, middle, high))
 
 
 def _content_hash(values: NDArray[Any]) -> str:

@@ -6,6 +6,10 @@ from dataclasses import dataclass
 
 from medmamba.inference.reading import MESSAGES, ImageRefused, Note
 
+from .messages import MODEL_MESSAGES
+
+_CATALOGUE = {**MESSAGES, **MODEL_MESSAGES}
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -27,8 +31,8 @@ class Finding:
 
     @classmethod
     def of(cls, identifier: str, text: str, file: str = "") -> Finding:
-        """A message of the catalogue of images."""
-        message = MESSAGES[identifier]
+        """A message of the catalogues of images and of models."""
+        message = _CATALOGUE[identifier]
         return cls(identifier, message.code, text, file, message.refuses)
 
     @classmethod

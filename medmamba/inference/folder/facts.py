@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from medmamba.inference.memory import peak_bytes, physical_bytes
 from medmamba.inference.reading import Image
 from medmamba.inference.writing import WriteFailed
 
@@ -55,12 +56,8 @@ def command_without_folders(command: Sequence[str]) -> list[str]:
 
 def peak_ram_mb() -> int | None:
     """The most memory this process has held since it started, in MiB; None where the system does not say."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    unit = 1 if platform.system() == "Darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit >> 20
+    peak = peak_bytes()
+    return None if peak is None else peak >> 20
 
 
 def label_facts(labels: NDArray[Any], like: Image, names: Mapping[int, str]) -> dict[str, Any]:
@@ -115,7 +112,5 @@ def _processor() -> str:
 
 
 def _ram_mb() -> int | None:
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 20
-    except (AttributeError, ValueError, OSError):  # Windows
-        return None
+    ram = physical_bytes()
+    return None if ram is None else ram >> 20
