@@ -12,7 +12,10 @@ from typing import TYPE_CHECKING
 from medmamba.command import Command, CommandError
 
 if TYPE_CHECKING:
-    from medmamba.inference.check import Case, LabelCheck
+    from medmamba.inference.check import Case, LabelCheck, Reading
+    from medmamba.inference.check.case_report import Check
+    from medmamba.inference.check.estimate import Estimate
+    from medmamba.inference.model import Model
 
 _MOST_NAMES = 5
 
@@ -37,31 +40,98 @@ def _configure_check(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--ct", action="store_true", help="the images are CTs: refuse what cannot be HU")
     parser.add_argument("--force", action="store_true", help="take values that no scanner gives, with a note")
+    parser.add_argument(
+        "--model",
+        type=Path,
+        metavar="MODEL",
+        help="model package: compare with its training images, and say what prediction takes",
+    )
+    parser.add_argument(
+        "--output", type=Path, metavar="FOLDER", help="with --model: where results will go, for its disk"
+    )
+    parser.add_argument(
+        "--no-timing", action="store_false", dest="timing", help="with --model: do not run it once; no time, no memory"
+    )
 
 
 def _run_check(arguments: argparse.Namespace) -> int:
-    from medmamba.inference.check import Reading, check_cases, show
-    from medmamba.inference.reading.content import Policy
+    from medmamba.inference.check import check_cases, show
 
-    cases = _cases(arguments.folder, arguments.channels)
-    checks = [_label_check(arguments.labels, cases, arguments.allow_shift)] if arguments.labels else []
-    policy = Policy(is_ct=arguments.ct, force=arguments.force)
+    model = _model(arguments)
+    cases = _cases(arguments.folder, model.channel_names if model else arguments.channels)
+    reports = check_cases(cases, _reading(arguments, model), _checks(arguments, cases, model))
+    estimate = _estimate(model, arguments.timing) if model else None
+    table = show.Table(show.width_of(case.id for case in cases), costs=estimate is not None)
     as_table = arguments.table or (not arguments.json and sys.stdout.isatty())
-    width = show.width_of(case.id for case in cases)
     if as_table:
-        print(show.table_head(width))
-    counts: Counter[str] = Counter()
-    refused = 0
-    for report in check_cases(cases, Reading(policy, arguments.volume, arguments.prefer), checks):
-        lines = show.table_lines(report, width) if as_table else [show.json_line(report)]
-        print("\n".join(lines), flush=True)
-        counts[show.outcome(report)] += 1
-        refused += report.status == "refused"
-    print(show.summary(counts), file=sys.stderr)
+        print(table.head())
+    checked = []
+    for report in map(estimate.added_to, reports) if estimate else reports:
+        print("\n".join(table.lines(report)) if as_table else show.json_line(report), flush=True)
+        checked.append(report)
+    print(show.summary(Counter(map(show.outcome, checked))), file=sys.stderr)
+    if estimate:
+        totals = estimate.totals(checked, arguments.output)
+        if not as_table:
+            print(show.json_totals(totals))
+        print("\n".join(show.totals_lines(totals)), file=sys.stderr)
+    refused = sum(report.status == "refused" for report in checked)
     return 0 if not refused else 4 if refused == len(cases) else 3
 
 
-def _cases(folder: Path, channels: int | None) -> Sequence[Case]:
+def _model(arguments: argparse.Namespace) -> Model | None:
+    """The package of ``--model``; None without."""
+    if arguments.model is None:
+        if arguments.output is not None or not arguments.timing:
+            raise CommandError("--output and --no-timing are about prediction: say --model MODEL as well")
+        return None
+    from medmamba.inference.model import ModelRefused, load_model
+
+    try:
+        model = load_model(arguments.model)
+    except ModelRefused as error:
+        raise CommandError(str(error)) from error
+    names = model.channel_names
+    if arguments.channels not in (None, len(names)):
+        raise CommandError(f"the model has {len(names)} channels ({', '.join(names)}); leave --channels out")
+    if model.fingerprint is None:
+        print("the model does not say what it was trained on: nothing is compared with that", file=sys.stderr)
+    return model
+
+
+def _reading(arguments: argparse.Namespace, model: Model | None) -> Reading:
+    from medmamba.inference.check import Reading
+    from medmamba.inference.reading.content import Policy
+
+    policy: Policy | Sequence[Policy] = Policy(is_ct=arguments.ct, force=arguments.force)
+    if model:
+        from medmamba.inference.check.against_model import policies
+
+        policy = policies(model, is_ct=arguments.ct, force=arguments.force)
+    return Reading(policy, arguments.volume, arguments.prefer)
+
+
+def _checks(arguments: argparse.Namespace, cases: Sequence[Case], model: Model | None) -> Sequence[Check]:
+    checks: list[Check] = []
+    if arguments.labels:
+        checks.append(_label_check(arguments.labels, cases, arguments.allow_shift))
+    if model:
+        from medmamba.inference.check.against_model import model_checks
+
+        checks += model_checks(model)
+    return checks
+
+
+def _estimate(model: Model, timing: bool) -> Estimate:
+    from medmamba.inference.check.estimate import Estimate
+    from medmamba.inference.check.trial import trial_of
+    from medmamba.inference.predictor.model_predictor import ModelPredictor
+
+    predictor = ModelPredictor(model)
+    return Estimate(predictor, trial_of(predictor) if timing else None)
+
+
+def _cases(folder: Path, channels: int | Sequence[str] | None) -> Sequence[Case]:
     from medmamba.inference.check import find_cases, show
 
     if not folder.exists():

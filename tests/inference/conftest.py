@@ -289,17 +289,17 @@ def write_nifti() -> WriteNifti:
 
 
 @pytest.fixture(scope="session")
-def ids_in() -> Callable[[str], set[str]]:
-    """Ids of messages in the code of a folder of medmamba.inference ("" for all), the catalogue left out."""
+def ids_in() -> Callable[..., set[str]]:
+    """Ids of messages in the code of a folder of medmamba.inference ("" for all), the catalogues left out."""
 
-    def ids(folder: str) -> set[str]:
+    def ids(folder: str, prefix: str = "MM-IO-") -> set[str]:
         found = set()
         for path in (Path(medmamba.inference.__path__[0]) / folder).rglob("*.py"):
             if path.name != "messages.py":
                 values = [
                     node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)
                 ]
-                found |= {value for value in values if isinstance(value, str) and value.startswith("MM-IO-")}
+                found |= {value for value in values if isinstance(value, str) and value.startswith(prefix)}
         return found
 
     return ids

@@ -18,6 +18,7 @@ from medmamba.inference.reading import READABLE_SUFFIXES
 from .finding import Finding
 
 _CHANNEL = re.compile(r"(?P<case>.+)_(?P<channel>\d{4})")
+_MOST_NAMES = 4
 _DICOM_SUFFIXES = (".dcm", ".ima", ".dicom")
 
 
@@ -49,11 +50,11 @@ class Found:
     ignored: tuple[str, ...]
 
 
-def find_cases(path: Path, channels: int | None = None) -> Found:
+def find_cases(path: Path, channels: int | Sequence[str] | None = None) -> Found:
     """The cases of a folder (not of the folders below it, but for DICOM series), or the one of a file.
 
     Args:
-        channels: files per case; default: what most cases of the folder have.
+        channels: files per case, or the names of a model's channels; default: what most cases of the folder have.
 
     Raises:
         OSError: the folder cannot be read.
@@ -79,7 +80,7 @@ def find_cases(path: Path, channels: int | None = None) -> Found:
     return Found(tuple(sorted(cases, key=lambda case: (case.id, case.files))), tuple(ignored))
 
 
-def _cases_of(images: Sequence[Path], channels: int | None) -> list[Case]:
+def _cases_of(images: Sequence[Path], channels: int | Sequence[str] | None) -> list[Case]:
     """Group files by case; each suffix by itself, so that a case in two formats becomes two cases that clash."""
     groups: dict[tuple[str, str], dict[int, Path]] = defaultdict(dict)
     plain: list[Path] = []
@@ -91,13 +92,14 @@ def _cases_of(images: Sequence[Path], channels: int | None) -> list[Case]:
         else:
             plain.append(path)
     complete = [len(group) for group in groups.values() if 0 in group] + [1] * len(plain)
-    wanted = channels or _most_common(complete)
-    cases = [_with_channels(_stem(path.name), {0: path}, wanted) for path in plain]
+    names = () if channels is None or isinstance(channels, int) else tuple(channels)
+    wanted = len(names) or (channels if isinstance(channels, int) else _most_common(complete))
+    cases = [_with_channels(_stem(path.name), {0: path}, wanted, names) for path in plain]
     for (name, _), group in groups.items():
         if 0 in group or (wanted > 1 and max(group) < wanted):
-            cases.append(_with_channels(name, group, wanted))
+            cases.append(_with_channels(name, group, wanted, names))
         else:
-            cases += [_with_channels(_stem(path.name), {0: path}, wanted) for path in group.values()]
+            cases += [_with_channels(_stem(path.name), {0: path}, wanted, names) for path in group.values()]
     return cases
 
 
@@ -107,18 +109,25 @@ def _most_common(counts: Iterable[int]) -> int:
     return max(counted, key=lambda count: (counted[count], count)) if counted else 1
 
 
-def _with_channels(name: str, group: Mapping[int, Path], wanted: int) -> Case:
+def _with_channels(name: str, group: Mapping[int, Path], wanted: int, names: Sequence[str]) -> Case:
+    """A case; with a problem unless its channels are 0 to ``wanted``, which have ``names`` where these are known."""
     files = tuple(group[number] for number in sorted(group))
     if sorted(group) == list(range(wanted)):
         return Case(name, files)
     suffix = files[0].name[len(_stem(files[0].name)) :]
-    expected = ", ".join(f"{name}_{number:04}{suffix}" for number in range(min(wanted, 4)))
-    found = ", ".join(path.name for path in files[:4])
+    expected = [f"{name}_{number:04}{suffix}" for number in range(wanted)]
+    if names:
+        expected = [f"{file} ({channel})" for file, channel in zip(expected, names, strict=True)]
+    whose = " of the model" if names else ""
     text = (
-        f"expected {wanted} channel {'file' if wanted == 1 else 'files'} ({expected}{', ...' * (wanted > 4)}), "
-        f"found {len(files)} ({found}{', ...' * (len(files) > 4)}); add or remove files, or say --channels N"
+        f"expected {wanted} channel {'file' if wanted == 1 else 'files'}{whose} ({_few(expected)}), found {len(files)} "
+        f"({_few([path.name for path in files])}); add or remove files{'' if names else ', or say --channels N'}"
     )
     return Case(name, files, Finding.of("MM-IO-060", text))
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:_MOST_NAMES]) + ", ..." * (len(names) > _MOST_NAMES)
 
 
 def _without_clashes(cases: Sequence[Case]) -> list[Case]:

@@ -39,12 +39,12 @@ class Totals:
         passes: of a network over one tile.
         passes_per_tile: folds x reflections.
         seconds_per_pass: as timed here, None without timing.
-        threads: of torch while it was timed.
+        threads: of torch while it was timed, None without timing.
         seconds: of all passes; None without timing.
         peak_ram_mb: of the case that takes most, MiB.
         usable_ram_mb: of this machine or container, MiB; None if unknown.
         output_bytes: of all segmentations without compression.
-        free_bytes: where they go; None if no place was named.
+        free_bytes: where they go; None if no place was named or its disk does not say.
         findings: about all cases together.
     """
 
@@ -54,7 +54,7 @@ class Totals:
     passes: int
     passes_per_tile: int
     seconds_per_pass: float | None
-    threads: int
+    threads: int | None
     seconds: float | None
     peak_ram_mb: int | None
     usable_ram_mb: int | None
