@@ -13,8 +13,9 @@ import argparse
 import csv
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 MARKED = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end table -->)", re.DOTALL)
@@ -345,14 +346,25 @@ def recipes_table() -> str:
     return _table(["recipe", "crops", "encoder", "crops seen", "hours of training", *corpora], rows)
 
 
-def messages_table(refuses: bool) -> str:
-    """Messages about images: refusals, or notes; each id is an anchor of the page."""
+def image_messages_table(refuses: bool) -> str:
+    """Messages about images: refusals, or notes."""
     from medmamba.inference.reading import MESSAGES
 
+    return _messages_table({name: entry for name, entry in MESSAGES.items() if entry.refuses == refuses})
+
+
+def model_messages_table() -> str:
+    """Notes about images beside a model."""
+    from medmamba.inference.check.messages import MODEL_MESSAGES
+
+    return _messages_table(MODEL_MESSAGES)
+
+
+def _messages_table(messages: Mapping[str, Any]) -> str:
+    """Each id is an anchor of the page."""
     rows = [
         [f'<a id="{name.lower()}"></a>{name}', f"`{entry.code}`", _cell(entry.meaning), _cell(entry.remedy)]
-        for name, entry in MESSAGES.items()
-        if entry.refuses == refuses
+        for name, entry in messages.items()
     ]
     return _table(["id", "code", "what it means", "what to do"], rows)
 
@@ -364,8 +376,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "first-table-hippocampus": lambda: first_table("Dataset004_Hippocampus"),
     "first-table-head-and-neck": lambda: first_table("Dataset101_OpenKBP_HN"),
     "first-table-paired": first_table_paired,
-    "messages-notes": lambda: messages_table(refuses=False),
-    "messages-refusals": lambda: messages_table(refuses=True),
+    "messages-model": model_messages_table,
+    "messages-notes": lambda: image_messages_table(refuses=False),
+    "messages-refusals": lambda: image_messages_table(refuses=True),
     "model-problems": model_problems_table,
     "networks": networks_table,
     "networks-readme": lambda: networks_table("docs/reference/networks.md"),
