@@ -17,12 +17,12 @@ from medmamba.inference.model import load_model
 from medmamba.inference.predictor.model_predictor import ModelPredictor
 from medmamba.inference.reading import Image
 
-MODEL, SHAPE, SPACING = sys.argv[1], *map(json.loads, sys.argv[2:4])
+MODEL, SHAPE, SPACING, COLUMNS = sys.argv[1], *map(json.loads, sys.argv[2:5])
 
 predictor = ModelPredictor(load_model(MODEL), step=1.0, mirrors=False)
 trial = trial_of(predictor)
 values = np.random.default_rng(0).integers(1, 1000, SHAPE, dtype=np.int16)
-image = Image(values, np.diag([*SPACING[::-1], 1.0]))
+image = Image(values, np.diag([*SPACING[::-1], 1.0])[:, [*COLUMNS, 3]])
 report = describe(Case("a", (Path("a.nii"),)), [image])
 predicted = Estimate(predictor, trial).cost(report).peak_ram_mb
 before = peak_bytes()

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import permutations, product
 from pathlib import Path
 from types import SimpleNamespace
@@ -368,34 +368,55 @@ def test_a_disk_that_may_be_too_small_is_said_once(model_of, mount_disk):
 
 
 #: What a real prediction held over what was foretold, both without what the process held before. The bound may be too
-#: high by this much, since it adds up what does not always meet, and too low by what the allocator keeps.
-LEAST_USED, MOST_USED = 0.5, 1.05
+#: high by this much, since it adds up what does not always meet.
+LEAST_USED, MOST_USED = 0.5, 1.0
+
+
+@dataclass(frozen=True)
+class MemoryCase:
+    """A model, and an image of 16 bits.
+
+    Attributes:
+        shape, spacing: of the image.
+        columns: order of the axes in its affine.
+        reader: of the plans.
+    """
+
+    shape: tuple[int, int, int]
+    spacing: tuple[float, float, float]
+    classes: int = 3
+    configuration: str = "3d_fullres"
+    columns: tuple[int, int, int] = (0, 1, 2)
+    reader: str = "SimpleITKIO"
+
+
 MEMORY_CASES = {
-    "as large as planned": ("3d_fullres", 3, (64, 200, 200), (1.0, 1.0, 1.0)),
-    "resampled": ("3d_fullres", 3, (64, 200, 200), (1.5, 1.0, 1.0)),
-    "an axis by itself": ("3d_fullres", 3, (32, 200, 200), (4.0, 1.0, 1.0)),
-    "many classes": ("3d_fullres", 40, (64, 160, 160), (1.0, 0.9, 0.9)),
-    "planes": ("2d", 3, (64, 200, 200), (1.0, 0.8, 0.8)),
+    "as large as planned": MemoryCase((64, 200, 200), (1.0, 1.0, 1.0)),
+    "resampled": MemoryCase((64, 200, 200), (1.5, 1.0, 1.0)),
+    "an axis by itself": MemoryCase((32, 200, 200), (4.0, 1.0, 1.0)),
+    "many classes": MemoryCase((64, 160, 160), (1.0, 0.9, 0.9), classes=40),
+    "planes": MemoryCase((64, 200, 200), (1.0, 0.8, 0.8), configuration="2d"),
+    "turned": MemoryCase((200, 200, 64), (1.0, 1.0, 1.0), columns=(2, 1, 0), reader="NibabelIOWithReorient"),
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", MEMORY_CASES.values(), ids=MEMORY_CASES.keys())
 def test_a_prediction_holds_as_much_memory_as_foretold(make_trained, plans_of, tmp_path, case):
-    configuration, classes, shape, spacing = case
-    plans = plans_of("PlainConvUNet")
-    for settings_of in plans["configurations"].values():
-        settings_of["patch_size"] = [64] * len(settings_of["patch_size"])
-    labels = {"background": 0, **{f"label {k}": k for k in range(1, classes)}}
-    trained = make_trained(tmp_path, configuration=configuration, labels=labels, plans=plans)
+    plans = {**plans_of("PlainConvUNet"), "image_reader_writer": case.reader}
+    for configuration in plans["configurations"].values():
+        configuration["patch_size"] = [64] * len(configuration["patch_size"])
+    labels = {"background": 0, **{f"label {k}": k for k in range(1, case.classes)}}
+    trained = make_trained(tmp_path, configuration=case.configuration, labels=labels, plans=plans)
     export_model(trained.folder, tmp_path / "model")
-    command = [sys.executable, str(MEMORY_RUN), str(tmp_path / "model"), json.dumps(shape), json.dumps(spacing)]
+    numbers = map(json.dumps, (case.shape, case.spacing, case.columns))
+    command = [sys.executable, str(MEMORY_RUN), str(tmp_path / "model"), *numbers]
     run = subprocess.run(command, capture_output=True, text=True, timeout=1800)
     assert run.returncode == 0, run.stderr
     memory = json.loads(run.stdout.splitlines()[-1])
     assert memory["measured"] > memory["before"], "the case is too small to show anything"
     used = (memory["measured"] - memory["base"]) / (memory["predicted"] - memory["base"])
-    assert LEAST_USED < used < MOST_USED, memory
+    assert LEAST_USED < used <= MOST_USED, memory
 
 
 # The command.

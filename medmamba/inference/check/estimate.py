@@ -23,6 +23,8 @@ from .trial import Trial
 
 #: Room for the header of a segmentation and for the names in it, generously.
 _HEADER_BYTES = 2**16
+#: Room for what the allocator keeps; without it the tightest of the measured cases is at the bound.
+_KEPT_SHARE = 1.05
 _FLOAT32_BYTES = 4
 #: int32, which the labels of a case are while some of them are above 255.
 _WIDE_LABEL_BYTES = 4
@@ -98,14 +100,19 @@ class Estimate:
         )
 
     def _peak_ram_mb(self, demand: Demand, held: int) -> int | None:
-        """The process with one network, the weights of the others, the image, and the larger of two stages."""
+        """Bound on the memory of the process: base + weights + 1.05 (image + the larger of two stages).
+
+        base: the process with one network, measured; weights: of the other folds, 4 bytes per parameter; image and
+        stages: see :mod:`medmamba.inference.predictor.demand`.
+        """
         trial, model = self.trial, self.predictor.model
         if trial is None or trial.base_bytes is None:
             return None
         others = len(self.predictor.folds or model.folds) - 1
         label_bytes = 1 if max(model.labels) < 256 else _WIDE_LABEL_BYTES
         stage = max(demand.preparing_bytes(), demand.predicting_bytes(trial.pass_bytes, label_bytes))
-        return (trial.base_bytes + others * model.parameters * _FLOAT32_BYTES + held + stage) >> 20
+        weights = others * model.parameters * _FLOAT32_BYTES
+        return (trial.base_bytes + weights + int(_KEPT_SHARE * (held + stage))) >> 20
 
     @cached_property
     def _usable_ram_mb(self) -> int | None:

@@ -35,8 +35,9 @@ def trial_of(predictor: ModelPredictor) -> Trial:
     Raises:
         ModelRefused: the package has changed since it was checked.
     """
-    # Part of what prediction holds: the libraries of nnU-Net's preprocessing.
-    from nnunetv2.preprocessing.preprocessors import default_preprocessor  # noqa: F401
+    # Part of what prediction holds: nnU-Net's preprocessing with its libraries.
+    import nnunetv2.preprocessing.preprocessors.default_preprocessor
+    import nnunetv2.utilities.plans_handling.plans_handler  # noqa: F401
 
     model = predictor.model
     network = model.network((predictor.folds or model.folds)[0]).to(predictor.device)
