@@ -12,7 +12,7 @@ from medmamba.inference.check import Case
 from medmamba.inference.check.case_report import describe
 from medmamba.inference.check.estimate import Estimate
 from medmamba.inference.check.trial import trial_of
-from medmamba.inference.memory import peak_bytes
+from medmamba.inference.machine import peak_bytes
 from medmamba.inference.model import load_model
 from medmamba.inference.predictor.model_predictor import ModelPredictor
 from medmamba.inference.reading import Image

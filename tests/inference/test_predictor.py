@@ -242,7 +242,7 @@ def test_a_request_to_stop_is_heard_between_two_tiles():
     ids=["3d", "2d", "thinner than the tile"],
 )
 def test_a_bound_on_memory_changes_no_label(monkeypatch, patch, shape, planned):
-    monkeypatch.setattr(strips, "memory_used", lambda: 0)
+    monkeypatch.setattr(strips, "resident_bytes", lambda: 0)
     plans, labels, network = plans_of(patch, planned), read_labels(dataset_of(3)), Smooth(3, len(patch))
     slab_row = 4 * 3 * (patch[0] if len(patch) == 3 else 1) * max(shape[2], patch[-1])
     free, bound = Window(), Window(max_ram_bytes=2 * 20 * slab_row)

@@ -21,7 +21,7 @@ import hashlib, json, resource, sys
 import numpy as np, torch
 from medmamba.inference.model.labels import read_labels
 from medmamba.inference.predictor.case import Window, predict_case
-from medmamba.inference.predictor.machine import memory_used
+from medmamba.inference.machine import resident_bytes
 
 plans, shape, classes, max_ram = json.loads(sys.argv[1])
 labels = read_labels({"labels": {"background": 0, **{f"organ {k}": k for k in range(1, classes)}}})

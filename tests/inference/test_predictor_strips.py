@@ -55,7 +55,7 @@ def test_strips_cover_every_row_once_and_fit(size, target, most_rows, tile_rows)
     rows = AxisMap.linear(size, target)
     thinnest = max(2, tile_rows // 2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(strips, "memory_used", lambda: 0)
+        patch.setattr(strips, "resident_bytes", lambda: 0)
         if most_rows < thinnest:
             with pytest.raises(MemoryError, match="at least"):
                 divide_rows(rows, tile_rows, 10, most_rows * 20)
@@ -66,14 +66,14 @@ def test_strips_cover_every_row_once_and_fit(size, target, most_rows, tile_rows)
 
 
 def test_a_volume_that_fits_is_one_strip(monkeypatch):
-    monkeypatch.setattr(strips, "memory_used", lambda: 10**9)
+    monkeypatch.setattr(strips, "resident_bytes", lambda: 10**9)
     rows = AxisMap.linear(100, 100)
     assert len(divide_rows(rows, 32, 10**6, 10**9 + 2 * 100 * 10**6)) == 1
     assert len(divide_rows(rows, 32, 10**6, 10**9 + 2 * 99 * 10**6)) == 2
 
 
 def test_without_a_bound_too_little_memory_is_no_refusal(monkeypatch):
-    monkeypatch.setattr(strips, "memory_available", lambda: 0)
+    monkeypatch.setattr(strips, "available_bytes", lambda: 0)
     found = divide_rows(AxisMap.linear(100, 100), 32, 10**9)
     assert max(needed.stop - needed.start for _, needed in found) <= 16
 

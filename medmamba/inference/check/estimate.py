@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from medmamba.inference.memory import usable_bytes
+from medmamba.inference.machine import usable_bytes
 from medmamba.inference.orientation import orientation_of
 from medmamba.inference.predictor.demand import Demand, image_bytes, num_passes
 from medmamba.inference.predictor.model_predictor import ModelPredictor

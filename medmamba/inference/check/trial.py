@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from medmamba.inference.memory import peak_bytes, resident_bytes
+from medmamba.inference.machine import peak_bytes, resident_bytes
 from medmamba.inference.predictor.model_predictor import ModelPredictor
 
 

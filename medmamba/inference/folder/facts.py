@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from medmamba.inference.memory import peak_bytes, physical_bytes
+from medmamba.inference.machine import peak_bytes, physical_bytes
 from medmamba.inference.reading import Image
 from medmamba.inference.writing import WriteFailed
 

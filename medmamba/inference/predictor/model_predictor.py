@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from medmamba.inference.machine import threads_available
 from medmamba.inference.model import Model
 from medmamba.inference.orientation import Orientation, to_canonical
 from medmamba.inference.protocol import Prediction
@@ -20,7 +21,6 @@ from medmamba.inference.reading import Image
 from medmamba.inference.reading.content import has_content
 
 from .case import Window, predict_case
-from .machine import threads_available
 from .window import Forward, mean_of, with_mirroring
 
 

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import itertools
 
-from .machine import memory_available, memory_used
+from medmamba.inference.machine import available_bytes, resident_bytes
+
 from .resample import AxisMap
 
 #: Of the memory that is left after preprocessing; the rest is for the network and for the logits of its tile.
@@ -40,7 +41,7 @@ def divide_rows(
     Raises:
         MemoryError: ``max_ram_bytes`` is too little.
     """
-    left = memory_available() if max_ram_bytes is None else max_ram_bytes - (memory_used() or 0)
+    left = available_bytes() if max_ram_bytes is None else max_ram_bytes - (resident_bytes() or 0)
     if left is None:
         return _strips(rows, 1)
     most_rows = int(left * _SHARE / row_bytes)

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from medmamba.inference.predictor import machine, model_predictor
-from medmamba.inference.predictor.machine import memory_available, memory_used, threads_available
+from medmamba.inference import machine
+from medmamba.inference.machine import available_bytes, resident_bytes, threads_available, usable_bytes
+from medmamba.inference.predictor import model_predictor
 from medmamba.inference.predictor.model_predictor import limit_threads
 
 GIB = 2**30
@@ -91,14 +92,14 @@ TOP = "sys/fs/cgroup"
     ],
 )
 def test_memory_is_the_least_of_system_and_limits(system, files, available):
-    assert memory_available(system(files)) == available
+    assert available_bytes(system(files)) == available
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="only Linux says so")
 def test_used_memory_grows_with_what_is_held():
-    before = memory_used()
+    before = resident_bytes()
     held = b"x" * (64 * 2**20)
-    assert len(held) <= memory_used() - before < 2 * len(held)
+    assert len(held) <= resident_bytes() - before < 2 * len(held)
 
 
 @pytest.fixture
@@ -127,4 +128,27 @@ def test_threads_are_limited_unless_the_user_chose_them(
 
 def test_this_machine_says_what_it_has():
     assert 1 <= threads_available() <= (os.cpu_count() or 1)
-    assert machine.memory_available() is None or machine.memory_available() > 0
+    assert machine.available_bytes() is None or machine.available_bytes() > 0
+
+
+@pytest.mark.parametrize(
+    ("group", "file", "content", "limit"),
+    [
+        ("0::/box", "box/memory.max", "1048576\n", 2**20),
+        ("0::/box/inner", "box/memory.max", "1048576\n", 2**20),
+        ("0::/", "memory.max", "1048576\n", 2**20),
+        ("0::/box", "box/memory.max", "max\n", None),
+        ("0::/box", "other/memory.max", "1048576\n", None),
+        ("4:memory:/box", "memory/box/memory.limit_in_bytes", "1048576\n", 2**20),
+        ("4:memory:/box", "memory/memory.limit_in_bytes", "9223372036854771712\n", None),
+        ("3:cpuset:/box", "memory/box/memory.limit_in_bytes", "1048576\n", None),
+    ],
+)
+def test_the_limit_of_the_container_counts_where_it_is_known(system, group, file, content, limit):
+    root = system({f"sys/fs/cgroup/{file}": content, "proc/self/cgroup": f"{group}\n"})
+    assert usable_bytes(root) == (limit or machine.physical_bytes())
+
+
+def test_a_process_has_held_at_least_what_it_holds_and_no_more_than_it_may():
+    assert 2**20 < resident_bytes() <= machine.peak_bytes() + 2**20
+    assert machine.peak_bytes() < usable_bytes() <= machine.physical_bytes()

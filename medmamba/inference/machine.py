@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 import os
+import platform
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 _ROOT = Path("/")
+#: Version 1 of control groups says "no limit" with a number near 2^63.
+_UNLIMITED = 2**60
 
 
 def threads_available(root: Path = _ROOT) -> int:
@@ -25,7 +28,7 @@ def threads_available(root: Path = _ROOT) -> int:
     return max(1, min(counts))
 
 
-def memory_available(root: Path = _ROOT) -> int | None:
+def available_bytes(root: Path = _ROOT) -> int | None:
     """Bytes that this process can still take before the system or its control group is full; None if unknown.
 
     What the system keeps of files in memory counts as available.
@@ -34,10 +37,33 @@ def memory_available(root: Path = _ROOT) -> int | None:
     return max(0, min(known)) if known else None
 
 
-def memory_used(root: Path = _ROOT) -> int | None:
-    """Bytes of memory that this process holds now; None where the system does not say."""
+def usable_bytes(root: Path = _ROOT) -> int | None:
+    """Bytes that this process may hold at most: of the machine, or of the container that it is in (``--memory``)."""
+    limits = (limit for limit, _ in _memory_limits(root))
+    return min((each for each in (physical_bytes(), *limits) if each is not None), default=None)
+
+
+def physical_bytes() -> int | None:
+    """Memory of the machine; None where the system does not say."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # Windows
+        return None
+
+
+def resident_bytes(root: Path = _ROOT) -> int | None:
+    """Bytes of memory that this process holds now; where the system does not say, the most that it has held."""
     pages = _words(root / "proc/self/statm")
-    return int(pages[1]) * os.sysconf("SC_PAGE_SIZE") if len(pages) > 1 else None
+    return int(pages[1]) * os.sysconf("SC_PAGE_SIZE") if len(pages) > 1 else peak_bytes()
+
+
+def peak_bytes() -> int | None:
+    """The most bytes that this process has held since it started; None where the system does not say."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
 
 
 def _cpu_quotas(root: Path) -> Iterator[float]:
@@ -58,12 +84,19 @@ def _system_memory(root: Path) -> Iterator[int]:
 
 
 def _group_memory(root: Path) -> Iterator[int]:
-    names = {"": ("memory.max", "memory.current"), "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes")}
-    for controller, (limit_name, used_name) in names.items():
+    for limit, folder in _memory_limits(root):
+        used = _number(folder / ("memory.current" if (folder / "memory.max").exists() else "memory.usage_in_bytes"))
+        if used is not None:
+            yield limit - used + _cached(folder)
+
+
+def _memory_limits(root: Path) -> Iterator[tuple[int, Path]]:
+    """Limits of the control groups around this process, and their folders."""
+    for controller, name in (("", "memory.max"), ("memory", "memory.limit_in_bytes")):
         for folder in _groups(root, controller):
-            limit, used = _number(folder / limit_name), _number(folder / used_name)
-            if limit is not None and used is not None:
-                yield limit - used + _cached(folder)
+            limit = _number(folder / name)
+            if limit is not None and limit < _UNLIMITED:
+                yield limit, folder
 
 
 def _cached(folder: Path) -> int:
