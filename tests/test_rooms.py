@@ -79,8 +79,20 @@ ROOMS: dict[str, Room] = {
         ),
         frozenset({"numpy"}),
     ),
+    # Their command lines join the predictor of the one room with the runner of the other; light at the top.
+    "medmamba.inference.predict_command": Room(
+        (
+            *("medmamba.command", "medmamba.stop", "medmamba.inference", "medmamba.inference.folder"),
+            "medmamba.inference.reading",
+        ),
+        lazy=TORCH,
+    ),
+    "medmamba.inference.report_command": Room(("medmamba.command", "medmamba.inference.folder")),
     "medmamba.inference.protocol": Room(("medmamba.inference.reading",), frozenset({"numpy"})),
-    "medmamba.nnunet": Room((*LOWER, "medmamba.inference"), TORCH | {"nnunetv2", "numpy"}),
+    # `medmamba predict` with a package is handed on.
+    "medmamba.nnunet": Room(
+        (*LOWER, "medmamba.inference", "medmamba.inference.predict_command"), TORCH | {"nnunetv2", "numpy"}
+    ),
     "medmamba_plans": Room(
         (*LOWER, "medmamba.diagnostics", "medmamba.nnunet", "medmamba_plans.results"),
         lazy=TORCH | {"nnunetv2", "numpy", "scipy"},
@@ -100,7 +112,7 @@ ROOMS: dict[str, Room] = {
         lazy=frozenset({"SimpleITK", "dask", "tqdm"}),
     ),
     "medmamba.demo": Room(
-        (*LOWER, "medmamba.inference", "medmamba.nnunet", "medmamba_plans"),
+        (*LOWER, "medmamba.inference", "medmamba.inference.picture", "medmamba.nnunet", "medmamba_plans"),
         TORCH | ARRAYS | IO_LIBRARIES | {"matplotlib"},
         lazy=frozenset({"monai", "nnunetv2", "tqdm"}),
     ),
