@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from medmamba.command import Command, CommandError
 from medmamba.inference.presets import PRESETS
 from medmamba.stop import EXIT_INTERRUPTED, StopRequest
-
-if TYPE_CHECKING:
-    from medmamba.inference.model import Model
-    from medmamba.inference.reading import Image
 
 #: As medmamba.inference.writing has them; importing that loads numpy.
 _WRITTEN = (".nii.gz", ".nii", ".mha", ".nrrd")
@@ -54,6 +49,8 @@ def _run(arguments: argparse.Namespace) -> int:
         from medmamba.inference.model import ModelRefused, load_model
         from medmamba.inference.predictor import ModelPredictor
         from medmamba.inference.preview import write_preview
+        from medmamba.inference.reading import read_image
+        from medmamba.inference.settle import settle
 
         device = _device(arguments.device)
         try:
@@ -81,24 +78,12 @@ def _run(arguments: argparse.Namespace) -> int:
             part_id=arguments.part_id,
             settings=predictor.settings | taken,
             command=("medmamba", *sys.argv[1:]),
-            read=_reader(model, arguments),
+            read=partial(read_image, volume=arguments.volume, prefer=arguments.prefer),
+            settle=partial(settle, model, force=arguments.force),
             preview=None if arguments.no_preview else write_preview,
         )
         options.say(f"{model.name}, folds {', '.join(predictor.folds_used)}, on {device}; {model.id[:12]}")
         return run_folder(arguments.input, arguments.output, predictor, options)
-
-
-def _reader(model: Model, arguments: argparse.Namespace) -> Callable[[Path], Image]:
-    """Reads one image and settles its values as the model's channels demand."""
-    from medmamba.inference.reading import read_image
-    from medmamba.inference.reading.content import Policy, settled
-
-    policy = Policy(is_ct=model.is_ct, force=arguments.force)
-
-    def read(path: Path) -> Image:
-        return settled(read_image(path, volume=arguments.volume, prefer=arguments.prefer), policy)
-
-    return read
 
 
 def _device(name: str) -> str:

@@ -11,12 +11,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .channels import refuse_other_grids
 from .predictor import ModelPredictor
 from .reading import Image, read_image
-from .reading.content import Policy, settled
 from .reading.geometry import affine_from_lps
 from .reading.messages import refused
+from .settle import settle
 
 
 def segment(
@@ -44,9 +43,7 @@ def segment(
     wanted = list(predictor.channel_names)
     if len(channels) != len(wanted):
         raise ValueError(f"the model has {len(wanted)} channels ({', '.join(wanted)}), {len(channels)} were given")
-    policy = Policy(is_ct=predictor.model.is_ct, force=force)
-    images = [settled(_image(channel, spacing_mm), policy) for channel in channels]
-    refuse_other_grids(images)
+    images = settle(predictor.model, [_image(channel, spacing_mm) for channel in channels], force=force)
     labels = predictor.predict(images, should_stop=lambda: False).labels
     return _like(channels[0], labels, images[0])
 

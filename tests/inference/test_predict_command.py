@@ -141,6 +141,16 @@ def test_voxels_that_are_not_numbers_follow_the_rule(predict, write_image, tmp_p
     assert identifier in found
 
 
+def test_a_case_that_is_unlike_the_training_images_is_predicted_with_a_note(predict, write_image, tmp_path):
+    write_image(tmp_path / "in" / "coarse.nii.gz", at=np.diag([9.0, 9.0, 9.0, 1.0]))
+    write_image(tmp_path / "in" / "usual.nii.gz", at=np.diag([1.0, 1.0, 1.0, 1.0]))
+    assert predict(tmp_path / "in", tmp_path / "out")[0] == 0
+    cases = cases_of(tmp_path / "out" / "report.jsonl")
+    notes = {name: {note["id"] for note in case["notes"]} for name, case in cases.items()}
+    assert "MM-CK-001" in notes["coarse"]
+    assert "MM-CK-001" not in notes["usual"]
+
+
 def test_one_of_several_volumes_is_taken_when_asked(predict, write_image, tmp_path):
     values = np.random.default_rng(0).integers(0, 100, (9, 10, 11, 2)).astype(np.int16)
     write_image(tmp_path / "in" / "a.nii.gz", values=values)

@@ -49,6 +49,8 @@ class Options:
             of other settings are made again.
         command: the command line, for the report.
         read: reads one image.
+        settle: takes the channels of a case as they were read and returns them as they are predicted, with notes, or
+            raises ImageRefused; None: all lie on one grid, and nothing else is asked.
         preview: draws one case; None for no pictures. One that fails is a note and not a failure of the case.
         say: takes one line of progress.
     """
@@ -60,6 +62,7 @@ class Options:
     settings: Mapping[str, Any] = field(default_factory=dict)
     command: Sequence[str] = ()
     read: Callable[[Path], Image] = read_image
+    settle: Callable[[Sequence[Image]], Sequence[Image]] | None = None
     preview: Preview | None = None
     say: Callable[[str], object] = to_stdout
 
@@ -333,11 +336,16 @@ class _Work:
         before = _states(self._case.files)
         self.inputs = inputs_of(self._case)
         channels = [self._options.read(path) for path in self._case.files]
-        self.notes += [{"id": item.id, "text": item.text} for image in channels for item in image.notes]
         if _states(self._case.files) != before:
             raise ImageRefused("changing", "a file changed while it was read; wait until it is complete", "MM-RN-004")
-        refuse_other_grids(channels)
-        return channels
+        before_reading = list(self.notes)
+        self.notes += _notes_of(channels)
+        if self._options.settle is None:
+            refuse_other_grids(channels)
+            return channels
+        settled = list(self._options.settle(channels))
+        self.notes = before_reading + _notes_of(settled)
+        return settled
 
     def _prediction(self, channels: list[Image]) -> Prediction:
         prediction = self._predictor.predict(channels, should_stop=lambda: self._stop.is_asked)
@@ -359,3 +367,7 @@ def _states(paths: Sequence[Path]) -> list[tuple[int, int]]:
 def _now() -> str:
     """UTC, to the microsecond: lines of one case are compared by it."""
     return datetime.now(UTC).isoformat()
+
+
+def _notes_of(channels: Sequence[Image]) -> list[Mapping[str, str]]:
+    return [{"id": item.id, "text": item.text} for image in channels for item in image.notes]

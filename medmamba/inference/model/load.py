@@ -85,12 +85,6 @@ class Model:
         return channel_names(self._description.dataset)
 
     @property
-    def is_ct(self) -> bool:
-        """Whether every channel is a CT: nnU-Net normalizes HU with constants of the training images."""
-        schemes: list[str] = self._description.settings["normalization_schemes"]
-        return all(scheme == "CTNormalization" for scheme in schemes)
-
-    @property
     def outputs(self) -> Labels:
         """What the outputs of the network mean."""
         return self._description.labels
