@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from medmamba.command import Command, CommandError
+from medmamba.command import Command, CommandError, printable
 
 if TYPE_CHECKING:
     from medmamba.inference.check import Case, LabelCheck, Reading
@@ -132,7 +132,7 @@ def _estimate(model: Model, timing: bool) -> Estimate:
 
 
 def _cases(folder: Path, channels: int | Sequence[str] | None) -> Sequence[Case]:
-    from medmamba.inference.check import find_cases, show
+    from medmamba.inference.check import find_cases
 
     if not folder.exists():
         raise CommandError(f"{folder} does not exist; give a folder of images")
@@ -140,7 +140,7 @@ def _cases(folder: Path, channels: int | Sequence[str] | None) -> Sequence[Case]
         found = find_cases(folder, channels)
     except OSError as error:
         raise CommandError(f"{folder} cannot be read ({error.strerror or error}); check its rights") from error
-    names = ", ".join(map(show.printable, found.ignored[:_MOST_NAMES])) + ", ..." * (len(found.ignored) > _MOST_NAMES)
+    names = ", ".join(map(printable, found.ignored[:_MOST_NAMES])) + ", ..." * (len(found.ignored) > _MOST_NAMES)
     if not found.cases:
         raise CommandError(f"{folder} holds no image ({names or 'nothing at all'}); see docs/how-to/check-images.md")
     if found.ignored:
@@ -149,7 +149,7 @@ def _cases(folder: Path, channels: int | Sequence[str] | None) -> Sequence[Case]
 
 
 def _label_check(folder: Path, cases: Sequence[Case], allow_shift: bool) -> LabelCheck:
-    from medmamba.inference.check import LabelCheck, show
+    from medmamba.inference.check import LabelCheck
 
     labels = {}
     for label in _cases(folder, 1):
@@ -158,7 +158,7 @@ def _label_check(folder: Path, cases: Sequence[Case], allow_shift: bool) -> Labe
         labels[label.id] = label.files[0]
     alone = sorted(set(labels) - {case.id for case in cases})
     if alone:
-        names = ", ".join(map(show.printable, alone[:_MOST_NAMES])) + ", ..." * (len(alone) > _MOST_NAMES)
+        names = ", ".join(map(printable, alone[:_MOST_NAMES])) + ", ..." * (len(alone) > _MOST_NAMES)
         print(f"{len(alone)} label maps without an image: {names}", file=sys.stderr)
     return LabelCheck(labels, allow_shift)
 

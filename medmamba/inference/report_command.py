@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from medmamba.command import Command, CommandError
+from medmamba.command import Command, CommandError, printable
 
 if TYPE_CHECKING:
     from medmamba.inference.folder import MergedReport
@@ -28,7 +28,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
     merged = merge_reports(path for given in arguments.reports for path in _reports(given))
     for line in _lines(merged):
-        print(line)
+        print(printable(line))
     if arguments.out is not None:
         try:
             merged.write(arguments.out)

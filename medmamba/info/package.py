@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from medmamba.command import CommandError
-from medmamba.inference.model import Model, ModelRefused, load_model, printable
+from medmamba.command import CommandError, printable
+from medmamba.inference.model import Model, ModelRefused, load_model
 
 
 def describe(path: Path) -> Iterator[str]:

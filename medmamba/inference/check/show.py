@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 
+from medmamba.command import printable
+
 from .case_report import CaseReport
 from .cost import Cost, Totals
 from .finding import Finding
@@ -121,8 +123,3 @@ def _cost_columns(cost: Cost | None) -> list[str]:
 def _finding_line(report: CaseReport, finding: Finding) -> str:
     where = f"{printable(finding.file)}: " if len(report.files) > 1 and finding.file else ""
     return f"    {finding.id} {finding.code}: {where}{printable(finding.text)}"
-
-
-def printable(text: str) -> str:
-    """Text of any file name, without what a terminal would obey or cannot print."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "replace").decode() for c in text)

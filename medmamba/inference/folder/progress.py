@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from datetime import datetime, timedelta
 from typing import Any
 
+from medmamba.command import printable
+
 
 class Progress:
     """Says how far a run is.
@@ -41,10 +43,10 @@ def estimated_end(now: datetime, elapsed_s: float, count: int, total: int) -> st
 
 
 def to_stdout(line: str) -> None:
-    """Print one line at once; what the terminal has no character for is escaped, and a reader that left is no error."""
+    """Print one line at once; what the terminal cannot print is escaped, and a reader that left is no error."""
     encoding = sys.stdout.encoding or "utf-8"
     try:
-        sys.stdout.write(line.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+        sys.stdout.write(printable(line).encode(encoding, "backslashreplace").decode(encoding) + "\n")
         sys.stdout.flush()
     except BrokenPipeError:  # whoever read it left; the run goes on, and the report has everything
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

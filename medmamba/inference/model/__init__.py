@@ -19,6 +19,6 @@ from __future__ import annotations
 from .export import export_model, seal_card
 from .labels import Labels
 from .load import Model, load_model
-from .problems import PROBLEMS, ModelRefused, printable
+from .problems import PROBLEMS, ModelRefused
 
-__all__ = ["PROBLEMS", "Labels", "Model", "ModelRefused", "export_model", "load_model", "printable", "seal_card"]
+__all__ = ["PROBLEMS", "Labels", "Model", "ModelRefused", "export_model", "load_model", "seal_card"]

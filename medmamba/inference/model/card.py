@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from medmamba.command import printable
+
 from .description import RESEARCH_USE, Description
 from .labels import channel_names
-from .problems import printable
 
 _TO_FILL_IN = "_To be filled in by the authors._"
 _OPEN = {

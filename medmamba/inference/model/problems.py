@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from medmamba.command import printable
+
 #: Id -> what it stands for. Ids are never reused.
 PROBLEMS: Mapping[str, str] = {
     # The folder and its checksums.
@@ -64,10 +66,3 @@ def shown(value: object) -> str:
     text = repr(value)
     text = text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
     return printable(text)
-
-
-def printable(text: str) -> str:
-    """A foreign text in one line: what is not printable (line ends, control and direction characters) is escaped."""
-    return "".join(
-        letter if letter.isprintable() else letter.encode("unicode_escape").decode("ascii") for letter in text
-    )
