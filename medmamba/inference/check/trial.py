@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from medmamba.inference.machine import peak_bytes, resident_bytes
-from medmamba.inference.predictor.model_predictor import ModelPredictor
+from medmamba.inference.predictor.model_predictor import ModelPredictor, limit_threads
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ def trial_of(predictor: ModelPredictor) -> Trial:
     import nnunetv2.preprocessing.preprocessors.default_preprocessor
     import nnunetv2.utilities.plans_handling.plans_handler  # noqa: F401
 
+    limit_threads()
     model = predictor.model
     network = model.network((predictor.folds or model.folds)[0]).to(predictor.device)
     size = (1, len(model.channel_names), *model.configuration["patch_size"])

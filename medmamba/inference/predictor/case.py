@@ -118,12 +118,16 @@ def _segmented(
         slabs = predict_slabs(
             padded, computed, tile=tile, step=window.step, classes=labels.num_heads, rows=within, skip=skip
         )
-        part = result[:, wanted]
-        for plane, some, logits in resample_slabs(_without_padding(slabs, inner), (maps[0], rows, maps[2])):
-            part[plane, some] = decide(logits, labels)
+        _write_labels(_without_padding(slabs, inner), (maps[0], rows, maps[2]), labels, result[:, wanted])
     tiles = count_tiles(padded.shape[1:], tile, window.step)
     window.facts.update(tiles=tiles, tiles_computed=computed.calls, strips=len(strips))
     return result
+
+
+def _write_labels(slabs: Iterator[Tensor], maps: Sequence[AxisMap], labels: Labels, out: Tensor) -> None:
+    """Decide on logits and write (D, H, W). On return nothing of them is held, so that the next strip has room."""
+    for plane, rows, logits in resample_slabs(slabs, maps):
+        out[plane, rows] = decide(logits, labels)
 
 
 class _Counted:
