@@ -58,7 +58,13 @@ def resident_bytes(root: Path = _ROOT) -> int | None:
 
 
 def peak_bytes() -> int | None:
-    """The most bytes that this process has held since it started; None where the system does not say."""
+    """The most bytes that this process has held since it started; None where the system does not say.
+
+    Linux counts in ``ru_maxrss`` what the process that started this one held at that time, which may be more.
+    """
+    words = _words(_ROOT / "proc/self/status")
+    if "VmHWM:" in words:
+        return int(words[words.index("VmHWM:") + 1]) * 1024
     try:
         import resource
     except ImportError:  # Windows

@@ -20,7 +20,6 @@ import csv
 import io
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -37,6 +36,7 @@ import torch
 from torch import nn
 
 from medmamba.bench.commit import commit_of
+from medmamba.inference.machine import peak_bytes
 from medmamba.inference.model import export_model, load_model
 from medmamba.inference.model.labels import read_labels
 from medmamba.inference.predictor.case import Window, predict_case
@@ -201,14 +201,14 @@ def peak_of(what: str, run: Path, image: Path) -> int:
         str(torch.get_num_threads()),
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return round(int(done.stdout.split()[-1]) / 1024)
+    return round(int(done.stdout.split()[-1]) / 2**20)
 
 
 def alone(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Predict once and say the peak, in KiB."""
+    """Predict once and say the peak, in bytes."""
     what, run, image = arguments.words
     callable_of(what, Path(run), read_image(Path(image)))()
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    print(peak_bytes())
     yield from ()
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -152,3 +154,10 @@ def test_the_limit_of_the_container_counts_where_it_is_known(system, group, file
 def test_a_process_has_held_at_least_what_it_holds_and_no_more_than_it_may():
     assert 2**20 < resident_bytes() <= machine.peak_bytes() + 2**20
     assert machine.peak_bytes() < usable_bytes() <= machine.physical_bytes()
+
+
+def test_a_process_does_not_count_what_its_parent_held():
+    held = bytearray(300 * 2**20)
+    code = "from medmamba.inference.machine import peak_bytes; print(peak_bytes())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < len(held)

@@ -17,11 +17,11 @@ SLAB = 4 * TILE * IMAGE[1] * IMAGE[2]  # bytes per class
 VOLUME = 4 * IMAGE[0] * IMAGE[1] * IMAGE[2]
 MIB = 2**20
 CHILD = """
-import hashlib, json, resource, sys
+import hashlib, json, sys
 import numpy as np, torch
+from medmamba.inference.machine import peak_bytes
 from medmamba.inference.model.labels import read_labels
 from medmamba.inference.predictor.case import Window, predict_case
-from medmamba.inference.machine import resident_bytes
 
 plans, shape, classes, max_ram = json.loads(sys.argv[1])
 labels = read_labels({"labels": {"background": 0, **{f"organ {k}": k for k in range(1, classes)}}})
@@ -30,8 +30,7 @@ z, y, x = np.ogrid[:6:shape[0] * 1j, :5:shape[1] * 1j, :4:shape[2] * 1j]
 values = (np.sin(z) + np.cos(2 * y) * np.sin(3 * x)).astype(np.float32)[None]
 window = Window(1.0, max_ram_bytes=max_ram)
 found = predict_case(values, (1, 1, 1), lambda x: x * steepness - steepness**2, plans, "3d_fullres", labels, window)
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-print(json.dumps({"peak": peak, "labels": hashlib.sha256(found.tobytes()).hexdigest(), **window.facts}))
+print(json.dumps({"peak": peak_bytes(), "labels": hashlib.sha256(found.tobytes()).hexdigest(), **window.facts}))
 """
 
 
