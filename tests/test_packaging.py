@@ -165,11 +165,12 @@ def test_the_wheel_alone_passes_the_check_that_cibuildwheel_runs(offline_wheel, 
 
 @pytest.mark.slow
 def test_the_wheel_changes_nothing_that_is_installed_already(offline_wheel, tmp_path):
-    """pip's own answer, without an index: beside torch and nnU-Net it would install medmamba and nothing else."""
+    """pip's own answer: beside torch and nnU-Net it installs medmamba and nothing else."""
     report = tmp_path / "report.json"
-    pip = [sys.executable, "-m", "pip", "install", "--dry-run", "--no-index", "--report", report]
-    call(*pip, "--upgrade", offline_wheel)
-    assert {item["metadata"]["name"] for item in json.loads(report.read_text())["install"]} <= {"medmamba"}
+    call(sys.executable, "-m", "pip", "install", "--dry-run", "--report", report, offline_wheel)
+    names = {item["metadata"]["name"] for item in json.loads(report.read_text())["install"]}
+    # Old packages want argparse, which pip never counts as installed: it is in Python.
+    assert names <= {"medmamba", "argparse"}
 
 
 @pytest.mark.slow

@@ -12,12 +12,15 @@ from dataclasses import dataclass
 from medmamba.inference.orientation import Orientation
 
 from .model_predictor import ModelPredictor
+from .resample import BLOCK
 from .window import tile_starts
 
 #: Bytes of a float32 and of a float64.
 _F4, _F8 = 4, 8
 #: scipy pads by this on both sides before it fits splines.
 _SPLINE_PADDING = 12
+#: A block, what it is made from along each axis, and its labels.
+_COPIES_OF_BLOCK = 6
 #: As in :mod:`.resample`.
 _ANISOTROPIC = 3
 
@@ -102,37 +105,27 @@ class Demand:
     def predicting_bytes(self, pass_bytes: int, label_bytes: int) -> int:
         """Most that sliding window and export hold besides the image as it was read.
 
-        M, A: voxels of the network's input, and of one plane of it; N, Q: the same of the result; K heads, d planes of
-        a tile.
+        M, A: voxels of the network's input, and of one plane of it; N: of the result; K heads, d planes of a tile.
 
         - 4 C M + M: the input and nnU-Net's mask; 2 u N: labels of u bytes;
-        - 4 (K + 1) d A: sums of logits and of weights;
-        - while the network runs: what one pass takes, 12 K d h w for the mean over reflections, and what is left of
-          the n planes that were exported last: 4 K (n A + (2 n + 1) Q + k Q), with k = n D' / D + 1 planes of the
-          result for n planes of the input;
-        - or while n = d planes are exported: 4 K (n A + (2 n + 1) Q + 3 k Q), and k Q of those before.
+        - 4 (K + 1) d A: sums of logits and of weights; 4 d A: those of one class, while they move on by some planes;
+        - 4 K A: the last plane that is out, which the next one is interpolated with;
+        - while the network runs: what one pass takes, and 12 K d h w for the mean over reflections;
+        - or while planes are exported: six copies of a block of logits.
+
+        Where the sums do not fit, the volume is predicted in strips (:mod:`.strips`), and they are less.
 
         Args:
             pass_bytes: what one pass of the network over one tile takes.
             label_bytes: u.
         """
         depth = self.tile[0] if len(self.tile) == 3 else 1
-        plane, result = math.prod(self.padded[1:]), math.prod(self.shape[1:])
-        step = min(depth, math.ceil(self.step * depth))
-        logit = _F4 * self.heads
+        plane = math.prod(self.padded[1:])
         m, n = math.prod(self.padded), math.prod(self.shape)
-        kept = (_F4 * self.channels + 1) * m + 2 * label_bytes * n + (logit + _F4) * depth * plane
-
-        def leaving(planes: int, copies: int) -> int:
-            out = self._planes_of_result(planes)
-            return logit * (planes * plane + (2 * planes + 1) * result + copies * out * result)
-
-        running = pass_bytes + 3 * logit * math.prod(self.tile) + leaving(step, copies=1)
-        exporting = leaving(depth, copies=3) + logit * self._planes_of_result(step) * result
-        return kept + max(running, exporting)
-
-    def _planes_of_result(self, planes: int) -> int:
-        return math.ceil(planes * self.shape[0] / self.resampled[0]) + 1
+        sums = (_F4 * self.heads + 2 * _F4) * depth * plane + _F4 * self.heads * plane
+        kept = (_F4 * self.channels + 1) * m + 2 * label_bytes * n + sums
+        running = pass_bytes + 3 * _F4 * self.heads * math.prod(self.tile)
+        return kept + max(running, _COPIES_OF_BLOCK * _F4 * BLOCK)
 
 
 def num_passes(predictor: ModelPredictor) -> int:

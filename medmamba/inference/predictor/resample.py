@@ -17,7 +17,7 @@ from torch import Tensor
 #: An axis this much coarser than the finest one is resampled by itself, as in nnU-Net.
 _ANISOTROPIC = 3
 #: Logits of the result that are made at a time.
-_BLOCK = 2**19
+BLOCK = 2**19
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def resample_slabs(slabs: Iterable[Tensor], maps: Sequence[AxisMap]) -> Iterator
 
 def _blocks(rows: AxisMap, row_size: int) -> Iterator[tuple[slice, slice, AxisMap]]:
     """Rows of the result, the rows of the source that they need, and their map."""
-    step = max(1, _BLOCK // row_size)
+    step = max(1, BLOCK // row_size)
     for start in range(0, len(rows.low), step):
         wanted = slice(start, min(start + step, len(rows.low)))
         yield wanted, *rows.part(wanted)
