@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 PACKAGES = (
     "medmamba",
     "torch",
-    "torchvision",
     "nnunetv2",
     "monai",
     "nibabel",
@@ -36,6 +36,8 @@ PACKAGES = (
     "tensorboard",
 )
 _CHILD_SECONDS = 300
+#: What nnU-Net's search for trainers imports and nothing of ours does: an image for prediction leaves them out.
+_FOR_SEARCH = ("timm", "torchvision")
 _MEND_FIRST = "mend the failing lines above first; if there are none, reinstall medmamba, torch and nnunetv2"
 
 
@@ -106,7 +108,17 @@ def unsupported(package: str, found: str) -> tuple[str, str] | None:
 
 def check_torchvision() -> Iterator[Check]:
     """torchvision fits torch: nnU-Net's look-up of trainers imports both, and dies when they do not match."""
-    outcome = _in_child("import torchvision; result = torchvision.ops.nms.__name__")
+    missing = _missing_for_search()
+    if missing:
+        yield Check(
+            "note",
+            "torchvision fits torch",
+            f"not installed: {', '.join(missing)}; nnU-Net's search for trainers needs them, `medmamba train`, "
+            "`medmamba predict` and the stock trainer nnUNetTrainer do not",
+            "only if you need the search: pip install timm torchvision, torchvision from the same source as torch",
+        )
+        return
+    outcome = _in_child("import torchvision; torchvision.ops.nms; result = torchvision.__version__")
     if "error" in outcome:
         yield Check(
             "fail",
@@ -117,7 +129,11 @@ def check_torchvision() -> Iterator[Check]:
             "stock trainer nnUNetTrainer work",
         )
     else:
-        yield Check("ok", "torchvision fits torch", "imports, operators registered")
+        yield Check("ok", "torchvision fits torch", f"{outcome['result']} imports, operators registered")
+
+
+def _missing_for_search() -> list[str]:
+    return [name for name in _FOR_SEARCH if find_spec(name) is None]
 
 
 def check_backends() -> Iterator[Check]:
@@ -191,6 +207,10 @@ def check_lookup() -> Iterator[Check]:
             "does not name our folder; stock nnUNetv2_ commands need it for -tr, `medmamba train` and `run` do not",
             'eval "$(medmamba env)"',
         )
+    missing = _missing_for_search()
+    if missing:
+        yield Check("note", "trainer look-up", f"not tried: nnU-Net's search needs {' and '.join(missing)}")
+        return
     name = next(iter(TRAINER_VARIANTS))
     yield _lookup_check("trainer look-up, this process", _here(name))
     yield _lookup_check("trainer look-up, child process", _in_child(_LOOKUP.format(name=name)))

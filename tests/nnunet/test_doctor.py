@@ -109,6 +109,17 @@ def test_a_torchvision_that_does_not_match_is_found_and_the_remedy_named(monkeyp
     assert "--force-reinstall torch torchvision" in check.remedy
 
 
+@pytest.mark.parametrize("missing", ["timm", "torchvision"])
+def test_without_what_the_search_imports_the_look_up_is_a_note(missing, monkeypatch):
+    find = doctor.find_spec
+    monkeypatch.setattr(doctor, "find_spec", lambda name: None if name == missing else find(name))
+    (fits,) = doctor.check_torchvision()
+    _, look_up = doctor.check_lookup()
+    assert [check.status for check in (fits, look_up)] == ["note", "note"]
+    assert f"not installed: {missing};" in fits.detail
+    assert missing in look_up.detail
+
+
 def test_a_look_up_that_fails_in_the_child_is_reported(monkeypatch):
     monkeypatch.setattr(doctor, "_here", lambda name: {"result": "medmamba.nnunet.trainers"})
     monkeypatch.setattr(doctor, "_LOOKUP", "raise RuntimeError('broken {name}')")
