@@ -79,9 +79,8 @@ class Podman:
         # podman's own timers need systemd, even to run no health check.
         entry = ["--no-healthcheck", *(["--entrypoint", entrypoint] if entrypoint else [])]
         settings = [*restrictions.split(), *limits.split(), "--user", f"{user}:{user}", *volumes, *entry, *options]
-        # One thread: two on a busy core spend their time waiting. The container would outlive a podman that is killed.
-        settings += ["--env", "OMP_NUM_THREADS=1", "--timeout", "900"]
-        return self("run", *settings, self.image, *arguments, timeout=1000)
+        # The container would outlive a podman that is killed here.
+        return self("run", "--timeout", "900", *settings, self.image, *arguments, timeout=1000)
 
 
 def why_not() -> str | None:
@@ -102,7 +101,7 @@ def bounded(kind: int) -> int:
 
 @pytest.fixture(scope="session")
 def configuration(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """podman's settings: runc, and limits within those of this process."""
+    """podman's settings: runc, limits within those of this process, one thread."""
     reason = why_not()
     if reason:
         pytest.skip(reason)
@@ -111,7 +110,9 @@ def configuration(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for name, kind in {"nofile": resource.RLIMIT_NOFILE, "nproc": resource.RLIMIT_NPROC}.items()
     ]
     path = tmp_path_factory.mktemp("podman") / "containers.conf"
-    path.write_text(f'[containers]\ndefault_ulimits = [{", ".join(limits)}]\n[engine]\nruntime = "runc"\n')
+    # One thread: two on a busy core spend their time waiting for each other.
+    containers = f'[containers]\nenv = ["OMP_NUM_THREADS=1"]\ndefault_ulimits = [{", ".join(limits)}]\n'
+    path.write_text(f'{containers}[engine]\nruntime = "runc"\n')
     return path
 
 
