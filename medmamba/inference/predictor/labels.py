@@ -22,7 +22,7 @@ def decide(logits: Tensor, labels: Labels) -> Tensor:
     earlier one.
     """
     if labels.region_values is None:
-        # Like argmax, of equal ones the first; torch's argmax takes eight times as long along a leading axis of three.
+        # Of equal ones the first, like argmax.
         return logits.max(0).indices.to(dtype_of(labels))
     result = torch.zeros(logits.shape[1:], dtype=dtype_of(labels))
     for channel, value in zip(logits, labels.region_values, strict=True):
