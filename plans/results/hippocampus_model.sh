@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# The model of tests/data/models/hippocampus: trained by fold 0 of Dataset004_Hippocampus, exported in float16.
+# A small model of the hippocampus to try prediction with: fold 0 of Dataset004_Hippocampus, exported in float16.
 #
 #     bash plans/results/hippocampus_model.sh WORK_FOLDER DATASET_FOLDER
 #
-# DATASET_FOLDER is nnU-Net's raw Dataset004_Hippocampus. About half an hour on two cores. nnU-Net draws crops and initial
-# values without a seed, so a second run gives another model of about the same accuracy.
+# DATASET_FOLDER is nnU-Net's raw Dataset004_Hippocampus. Not yet run to its end: no model of it is shipped. nnU-Net
+# draws crops and initial values without a seed, so two runs give two models.
 set -euo pipefail
 
 work=$(realpath -m "$1") dataset=$(realpath "$2")
