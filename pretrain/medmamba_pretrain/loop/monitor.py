@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from medmamba.event_files import event_writer
+
 from .validation import Outcome
 
 _log = logging.getLogger(__name__)
@@ -32,9 +34,7 @@ class Monitor:
     """
 
     def __init__(self, folder: Path, *, start: int, steps: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._writer = SummaryWriter(str(folder), purge_step=start)
+        self._writer = event_writer(folder, start)
         self._steps = steps
         self._since, self._crops, self._waited = time.monotonic(), 0, 0.0
 
