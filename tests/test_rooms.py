@@ -89,9 +89,14 @@ ROOMS: dict[str, Room] = {
     ),
     "medmamba.inference.report_command": Room(("medmamba.command", "medmamba.inference.folder")),
     "medmamba.inference.protocol": Room(("medmamba.inference.reading",), frozenset({"numpy"})),
+    # What every long training needs, pretraining as well; nothing of nnU-Net.
+    "medmamba.training": Room(
+        (*LOWER, "medmamba.diagnostics"), TORCH | {"numpy"}, lazy=frozenset({"matplotlib", "tqdm"})
+    ),
     # `medmamba predict` with a package is handed on.
     "medmamba.nnunet": Room(
-        (*LOWER, "medmamba.inference", "medmamba.inference.predict_command"), TORCH | {"nnunetv2", "numpy"}
+        (*LOWER, "medmamba.inference", "medmamba.inference.predict_command", "medmamba.training"),
+        TORCH | {"nnunetv2", "numpy"},
     ),
     "medmamba_plans": Room(
         (*LOWER, "medmamba.diagnostics", "medmamba.nnunet", "medmamba_plans.results"),
@@ -104,7 +109,8 @@ ROOMS: dict[str, Room] = {
     "medmamba_pretrain.commands": Room(("medmamba.command", "medmamba_pretrain.corpus", "medmamba_pretrain.loop")),
     "medmamba_pretrain.__main__": Room(("medmamba.cli",)),
     "medmamba_pretrain.loop": Room(
-        (*LOWER, "medmamba_pretrain", "medmamba_pretrain.corpus", "medmamba_pretrain.recipe"), TORCH | {"numpy"}
+        (*LOWER, "medmamba.training", "medmamba_pretrain", "medmamba_pretrain.corpus", "medmamba_pretrain.recipe"),
+        TORCH | {"numpy"},
     ),
     "medmamba_pretrain.corpus": Room(
         ("medmamba.command", "medmamba.files", "medmamba.inference.orientation", "medmamba.inference.reading"),

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from medmamba.event_files import event_writer
+from medmamba.training.event_files import event_writer
 
 from .validation import Outcome
 

@@ -8,7 +8,7 @@ import time
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from medmamba.event_files import event_writer
+from medmamba.training.event_files import event_writer
 
 
 def curve(folder) -> list[tuple[int, float]]:
