@@ -108,6 +108,24 @@ def test_what_lies_beside_the_weights_of_a_training_is_read(tmp_path):
     assert all(torch.equal(content["network_weights"][key], tensor) for key, tensor in WEIGHTS.items())
 
 
+@pytest.mark.parametrize("in_place", [False, True])
+def test_numpy_scalars_beside_the_weights_of_a_training_are_numbers(tmp_path, in_place):
+    values = [np.float64(0.1), np.float32(0.1), np.float16(2), np.int64(-3), np.int32(7), np.uint8(255), np.bool_(True)]
+    swapped = np.dtype(">f8").type(0.25)
+    torch.save({"network_weights": WEIGHTS, "logging": [*values, swapped]}, tmp_path / "w.pth")
+    content = read_training(tmp_path / "w.pth", in_place=in_place)
+    assert content["logging"] == [value.item() for value in values] + [0.25]
+    assert all(type(number) in (float, int, bool) for number in content["logging"])
+    assert all(torch.equal(content["network_weights"][key], tensor) for key, tensor in WEIGHTS.items())
+
+
+def test_a_numpy_scalar_that_is_no_plain_number_is_nothing(tmp_path):
+    torch.save({"network_weights": WEIGHTS, "when": np.datetime64("2024-01-01"), "z": np.complex128(1)}, tmp_path / "w")
+    content = read_training(tmp_path / "w")
+    assert not isinstance(content["when"], int | float | np.generic)
+    assert not isinstance(content["z"], int | float | np.generic)
+
+
 @pytest.mark.parametrize(
     "content", [{"model": WEIGHTS}, {"network_weights": {}}, {"network_weights": [1]}, []], ids=str
 )
