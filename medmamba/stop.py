@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 #: What a program returns that was asked to stop and goes on where it was when it is started again (EX_TEMPFAIL).
@@ -28,8 +30,7 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
-            numbers = [signal.SIGTERM, signal.SIGINT, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else [])]
-            self._before = {number: signal.signal(number, self._note) for number in numbers}
+            self._before = {number: signal.signal(number, self._note) for number in _numbers()}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -41,3 +42,28 @@ class StopRequest:
         if number == signal.SIGINT and self.is_asked:
             raise KeyboardInterrupt
         self.is_asked = True
+
+
+@contextmanager
+def exit_when_asked() -> Iterator[None]:
+    """Within ``with``, one of the signals of :class:`StopRequest` ends the program at once, with its code.
+
+    For work that is begun anew when the program is started again.
+    """
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(EXIT_INTERRUPTED)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, leave) for number in _numbers()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _numbers() -> list[int]:
+    return [signal.SIGTERM, signal.SIGINT, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else [])]

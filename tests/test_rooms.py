@@ -96,7 +96,7 @@ ROOMS: dict[str, Room] = {
     # `medmamba predict` with a package is handed on.
     "medmamba.nnunet": Room(
         (*LOWER, "medmamba.inference", "medmamba.inference.predict_command", "medmamba.training"),
-        TORCH | {"nnunetv2", "numpy"},
+        TORCH | {"batchgenerators", "nnunetv2", "numpy"},
     ),
     "medmamba_plans": Room(
         (*LOWER, "medmamba.diagnostics", "medmamba.nnunet", "medmamba_plans.results"),

@@ -20,22 +20,20 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 import torch.distributed as dist
-from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
-from torch._dynamo import OptimizedModule
 
-from medmamba.files import write_atomically
 from medmamba.nnunet import optimisation
 from medmamba.nnunet.architecture import ArchitectureError, architecture_block, check_patch, network_of
 from medmamba.nnunet.guard import NonFiniteGradientsError, NonFiniteLossError, dump, refuse_non_finite_gradients
+from medmamba.nnunet.lasting import LastingTrainer, unwrapped
 from medmamba.nnunet.names import TRAINER_VARIANTS, TrainerVariant, trainer_name
 from medmamba.nnunet.schedule import Schedule
 from medmamba_kernels import BadStepError
 
 
-class MambaTrainer(nnUNetTrainer):
+class MambaTrainer(LastingTrainer):
     """Base of our trainers: a variant says which network, and what else its name says, which wins over the plans."""
 
     variant: ClassVar[TrainerVariant]
@@ -65,7 +63,6 @@ class MambaTrainer(nnUNetTrainer):
         self.initial_lr = self.schedule.initial_lr
         self.weight_decay = self.schedule.weight_decay
         self.save_every = self.schedule.save_every
-        self.iteration = 0
         self.has_bf16 = self.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         if self.has_bf16:
             # bfloat16 has the range of float32: there is nothing to scale.
@@ -107,7 +104,7 @@ class MambaTrainer(nnUNetTrainer):
             initial_lr=self.initial_lr,
             weight_decay=self.weight_decay,
         )
-        optimizer, lr_scheduler = optimisation.configure(_unwrapped(self.network), schedule)
+        optimizer, lr_scheduler = optimisation.configure(unwrapped(self.network), schedule)
         optimizer.register_step_pre_hook(refuse_non_finite_gradients)
         return optimizer, lr_scheduler
 
@@ -117,10 +114,6 @@ class MambaTrainer(nnUNetTrainer):
             f"medmamba {version('medmamba')}: network {self.variant.network}, {self.schedule}, "
             f"autocast {'bfloat16' if self.has_bf16 else 'float16' if self.device.type == 'cuda' else 'off'}"
         )
-
-    def on_train_epoch_start(self) -> None:
-        super().on_train_epoch_start()
-        self.iteration = 0
 
     def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
         """One iteration of nnU-Net, in bfloat16 where the GPU has it.
@@ -143,14 +136,13 @@ class MambaTrainer(nnUNetTrainer):
             problem = _of_any_process(problem, self.device)
         if problem is not None:
             raise problem
-        self.iteration += 1
         return result
 
     def _not_finite(self, batch: dict[str, Any], what: str) -> NonFiniteLossError:
         where = f"epoch_{self.current_epoch}_iteration_{self.iteration}_rank_{self.local_rank}"
         facts = {"epoch": self.current_epoch, "iteration": self.iteration, "schedule": self.schedule.to_dict()}
         path = Path(self.output_folder) / f"not_finite_{where}.pth"
-        written = dump(path, batch, _unwrapped(self.network), facts)
+        written = dump(path, batch, unwrapped(self.network), facts)
         return NonFiniteLossError(
             f"{what} at epoch {self.current_epoch}, iteration {self.iteration} "
             f"(cases {', '.join(map(str, batch.get('keys', ['unknown'])))}); training stops before the weights change, "
@@ -163,35 +155,13 @@ class MambaTrainer(nnUNetTrainer):
         with self._autocast_default():
             return super().validation_step(batch)
 
-    def save_checkpoint(self, filename: str) -> None:
-        """Write a checkpoint that stock nnU-Net can read without our trainers; the old file stays until then."""
-        if self.local_rank != 0:
-            return
-        if self.disable_checkpointing:
-            self.print_to_log_file("No checkpoint written, checkpointing is disabled")
-            return
-        checkpoint = self.checkpoint()
-        write_atomically(filename, lambda temporary: torch.save(checkpoint, temporary))
-
-    def checkpoint(self) -> dict[str, Any]:
-        """Content of a checkpoint: nnU-Net's keys, and ``medmamba`` with what really trained it."""
+    def facts(self) -> dict[str, Any]:
+        """What really trained a checkpoint; its ``trainer_name`` is the stock one."""
         return {
-            "network_weights": _unwrapped(self.network).state_dict(),
-            "optimizer_state": self.optimizer.state_dict(),
-            "grad_scaler_state": None if self.grad_scaler is None else self.grad_scaler.state_dict(),
-            "logging": self.logger.get_checkpoint(),
-            "_best_ema": self._best_ema,
-            "current_epoch": self.current_epoch + 1,
-            "init_args": self.my_init_kwargs,
-            # Prediction only needs a trainer that builds what the plans say, and the stock one does.
-            "trainer_name": nnUNetTrainer.__name__,
-            "inference_allowed_mirroring_axes": self.inference_allowed_mirroring_axes,
-            "medmamba": {
-                "version": version("medmamba"),
-                "trainer": type(self).__name__,
-                "network": self.variant.network,
-                "schedule": self.schedule.to_dict(),
-            },
+            "version": version("medmamba"),
+            **super().facts(),
+            "network": self.variant.network,
+            "schedule": self.schedule.to_dict(),
         }
 
     def _autocast_default(self) -> AbstractContextManager[None]:
@@ -283,10 +253,3 @@ def _of_any_process(error: NonFiniteLossError | None, device: torch.device) -> N
     texts: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(texts, None if error is None else str(error))
     return NonFiniteLossError(next(text for text in texts if text is not None))
-
-
-def _unwrapped(network: nn.Module) -> nn.Module:
-    """The network inside DistributedDataParallel and torch.compile."""
-    if isinstance(network, nn.parallel.DistributedDataParallel):
-        network = network.module
-    return network._orig_mod if isinstance(network, OptimizedModule) else network

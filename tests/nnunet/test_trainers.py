@@ -138,7 +138,7 @@ def test_a_bad_voxel_stops_with_the_cases(trainer, batch):
     trainer.initialize()
     trainer.train_step(batch)
     batch["data"][0, 0, 0, 0, 0] = float("nan")
-    with pytest.raises(NonFiniteLossError, match=r"a scan stopped.* at epoch 0, iteration 1 \(cases case_a, case_b\)"):
+    with pytest.raises(NonFiniteLossError, match=r"a scan stopped.* at epoch 0, iteration 0 \(cases case_a, case_b\)"):
         trainer.train_step(batch)
 
 
@@ -149,13 +149,13 @@ def test_a_loss_that_is_not_finite_leaves_the_weights_and_a_dump(factor, trainer
     before = {name: value.clone() for name, value in trainer.network.state_dict().items()}
     trainer.loss = lambda output, target: output[0].sum() * factor
     with pytest.raises(
-        NonFiniteLossError, match=r"gradients are not finite at epoch 0, iteration 1 \(cases case_a, case_b"
+        NonFiniteLossError, match=r"gradients are not finite at epoch 0, iteration 0 \(cases case_a, case_b"
     ):
         trainer.train_step(batch)
     (path,) = Path(trainer.output_folder).glob("not_finite_*.pth")
     kept = torch.load(path, weights_only=True)
     assert torch.equal(kept["data"], batch["data"])
-    assert (kept["keys"], kept["epoch"], kept["iteration"]) == (["case_a", "case_b"], 0, 1)
+    assert (kept["keys"], kept["epoch"], kept["iteration"]) == (["case_a", "case_b"], 0, 0)
     for weights in (trainer.network.state_dict(), kept["network_weights"]):
         assert all(torch.equal(weights[name], value) for name, value in before.items())
 
