@@ -69,7 +69,7 @@ ROOMS: dict[str, Room] = {
     # Also read by the corpora of pretraining; a process that only reads images does not import torch.
     "medmamba.inference.reading": Room(third_party=IO_LIBRARIES | {"numpy"}),
     "medmamba.inference.orientation": Room(third_party=frozenset({"nibabel", "numpy"})),
-    "medmamba.inference.picture": Room(("medmamba.files",), frozenset({"matplotlib", "numpy"})),
+    "medmamba.inference.picture": Room(("medmamba.files", "medmamba.palette"), frozenset({"matplotlib", "numpy"})),
     "medmamba.inference.writing": Room(("medmamba.files", "medmamba.inference.reading"), IO_LIBRARIES | {"numpy"}),
     # One process per folder that needs torch only where its predictor does.
     "medmamba.inference.folder": Room(
@@ -91,7 +91,7 @@ ROOMS: dict[str, Room] = {
     "medmamba.inference.protocol": Room(("medmamba.inference.reading",), frozenset({"numpy"})),
     # What every long training needs, pretraining as well; nothing of nnU-Net.
     "medmamba.training": Room(
-        (*LOWER, "medmamba.diagnostics"), TORCH | {"numpy"}, lazy=frozenset({"matplotlib", "tqdm"})
+        (*LOWER, "medmamba.diagnostics", "medmamba.palette"), TORCH | {"numpy"}, lazy=frozenset({"matplotlib", "tqdm"})
     ),
     # `medmamba predict` with a package is handed on.
     "medmamba.nnunet": Room(
@@ -132,6 +132,7 @@ ROOMS: dict[str, Room] = {
     ),
     "medmamba.command": Room(),
     "medmamba.files": Room(),
+    "medmamba.palette": Room(),
     "medmamba.stop": Room(),
     "medmamba.cli": Room(("medmamba.command",)),
     "medmamba": Room(("medmamba.networks",)),

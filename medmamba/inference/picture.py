@@ -18,9 +18,7 @@ from matplotlib.patheffects import withStroke
 from numpy.typing import NDArray
 
 from medmamba.files import write_atomically
-
-#: Okabe and Ito's colours, which people with colour blindness tell apart.
-COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#F0E442", "#D55E00", "#0072B2")
+from medmamba.palette import COLOURS
 
 #: Structures named in the legend; a dataset with fifty would cover the picture.
 MAX_NAMED = 8

@@ -9,7 +9,8 @@ from PIL import Image
 
 from medmamba.demo.dataset import read_dataset
 from medmamba.demo.volumes import read_volume
-from medmamba.inference.picture import COLOURS, MAX_NAMED, Panel, draw_picture
+from medmamba.inference.picture import MAX_NAMED, Panel, draw_picture
+from medmamba.palette import COLOURS
 
 STRUCTURES = {"shell": 1, "core": 2}
 
