@@ -10,9 +10,11 @@ import json
 import logging
 import math
 import re
+import threading
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,6 +68,7 @@ class Board:
         self._epoch_start: tuple[int, float] | None = None
         self._has_hparams = False
         self._writer: SummaryWriter | None = None
+        _say_disk_errors_once()
         try:
             self._writer = event_writer(folder, start)
         except OSError as error:
@@ -225,6 +228,19 @@ def _memory(size: StepSizes) -> NDArray[np.float64]:
     A = A.unsqueeze(-1) if A.dim() == dt.dim() else A
     memory: NDArray[np.float64] = (dt.unsqueeze(-1) * A.abs()).reciprocal().flatten().numpy()
     return memory
+
+
+@cache
+def _say_disk_errors_once() -> None:
+    """TensorBoard's writer raises a disk error where it is called next; its thread need not print it as well."""
+    before = threading.excepthook
+
+    def hook(args: threading.ExceptHookArgs) -> None:
+        of_tensorboard = type(args.thread).__module__.partition(".")[0] == "tensorboard"
+        if not (of_tensorboard and isinstance(args.exc_value, OSError)):
+            before(args)
+
+    threading.excepthook = hook
 
 
 def _array(values: Values) -> NDArray[Any]:

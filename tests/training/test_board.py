@@ -242,6 +242,7 @@ def assert_survived_with_one_warning(code: str) -> None:
     assert child.returncode == 0, child.stderr
     assert child.stdout.split() == ["off", "survived"]
     assert child.stderr.count("WARNING nothing more is written to") == 1, child.stderr
+    assert "Traceback" not in child.stderr
 
 
 def test_a_full_disk_is_one_warning(tmp_path):
