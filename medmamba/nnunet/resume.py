@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from medmamba.nnunet.errors import UserFacingError
-from medmamba.training.checkpoints import BEST, NAMES, candidate, candidates
+from medmamba.training.checkpoints import BEST, NAMES, Candidate, candidate, candidates
 from medmamba.weights import WeightsError, read_training
 
 #: Environment variable that makes a training begin anew where another one was.
@@ -62,20 +62,28 @@ def newest(folder: Path, log: Log) -> dict[str, Any] | None:
     """
     found = candidates(folder)
     for one in found:
+        if one.problem is not None:
+            _set_aside(one, log)
+    for one in found:
         checked = one if one.problem else candidate(one.path, thorough=True)
         if checked.problem is None:
             log(f"Continuing from {one.path.name}: epoch {one.epoch}, iteration {one.iteration}.")
             return read_training(one.path)
-        kept = one.path.with_name(f"{one.path.name}.damaged")
-        log(f"WARNING: {checked.problem}. It is kept as {kept.name}; the next best is tried.")
-        if one.path.exists():  # with several processes another one may have been faster
-            one.path.replace(kept)
+        if one.problem is None:
+            _set_aside(checked, log)
     if found:
         raise ResumeError(
             f"no checkpoint in {folder} can be read; they are kept as *.damaged; give the same command again to begin "
             "at epoch 0"
         )
     return None
+
+
+def _set_aside(damaged: Candidate, log: Log) -> None:
+    kept = damaged.path.with_name(f"{damaged.path.name}.damaged")
+    log(f"WARNING: {damaged.problem}. It is kept as {kept.name}.")
+    if damaged.path.exists():  # with several processes another one may have been faster
+        damaged.path.replace(kept)
 
 
 def best_so_far(folder: Path) -> float | None:
