@@ -95,7 +95,10 @@ ROOMS: dict[str, Room] = {
     ),
     # `medmamba predict` with a package is handed on.
     "medmamba.nnunet": Room(
-        (*LOWER, "medmamba.inference", "medmamba.inference.predict_command", "medmamba.training"),
+        (
+            *(*LOWER, "medmamba.diagnostics", "medmamba.training"),
+            *("medmamba.inference", "medmamba.inference.predict_command"),
+        ),
         TORCH | {"batchgenerators", "nnunetv2", "numpy"},
     ),
     "medmamba_plans": Room(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,8 +23,8 @@ class NonFiniteGradientsError(RuntimeError):
     """Gradients are NaN or infinite; the weights have not been touched."""
 
 
-def refuse_non_finite_gradients(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    """For ``Optimizer.register_step_pre_hook``: no step is made with gradients that are NaN or infinite.
+def refuse_non_finite_gradients(optimizer: torch.optim.Optimizer) -> float:
+    """The Euclidean norm of all gradients; no step is made where it is NaN or infinite.
 
     The gradients and not the loss are tested, because they are the same on all GPUs of a training: either all of them
     stop or none, where a test of the loss would leave the others waiting. With a ``GradScaler`` the scaler comes
@@ -33,8 +34,10 @@ def refuse_non_finite_gradients(optimizer: torch.optim.Optimizer, *_: Any) -> No
         NonFiniteGradientsError: a gradient is NaN or infinite.
     """
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    if gradients and not torch.isfinite(nn.utils.get_total_norm(gradients)):
+    norm = float(nn.utils.get_total_norm(gradients)) if gradients else 0.0
+    if not math.isfinite(norm):
         raise NonFiniteGradientsError("the gradients are not finite")
+    return norm
 
 
 def dump(path: Path, batch: Mapping[str, Any], network: nn.Module, facts: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from pathlib import Path
@@ -28,8 +28,10 @@ from torch._dynamo import OptimizedModule
 
 from medmamba.nnunet.rehearsal import is_wanted, rehearse
 from medmamba.nnunet.resume import best_so_far, check_same_training, move_aside, newest, wants_restart
+from medmamba.nnunet.watch import Watch
 from medmamba.stop import EXIT_INTERRUPTED, StopRequest, exit_when_asked
 from medmamba.training.checkpoints import FINAL, LATEST, PREVIOUS
+from medmamba.training.progress import State
 from medmamba.training.saving import save, save_in_ring
 from medmamba.training.seeds import Purpose, SeededBatches, Seeds, wanted_seed
 from medmamba.weights import read_training
@@ -50,6 +52,8 @@ class LastingTrainer(nnUNetTrainer):
         seed: of the training: ``MEDMAMBA_SEED``, or a random one, or that of the checkpoint.
         iteration: iterations of the current epoch that are done.
         waiting, waiting_to_validate: batches that come before those of the loaders.
+        gradient_norm: of the last iteration as the optimizer saw it, clipped at nnU-Net's 12; None if not measured.
+        watch: what shows the training, in the first process and while it trains.
     """
 
     _best_ema: float | None
@@ -70,6 +74,9 @@ class LastingTrainer(nnUNetTrainer):
         self.waiting: list[dict[str, Any]] = []
         self.waiting_to_validate: list[dict[str, Any]] = []
         self._losses: list[Any] = []
+        self._example: dict[str, Any] = {}
+        self.gradient_norm: float | None = None
+        self.watch: Watch | None = None
         self._is_loaded = False
         self._saved_at = time.monotonic()
 
@@ -84,6 +91,11 @@ class LastingTrainer(nnUNetTrainer):
     def seeds(self) -> Seeds:
         """Of this process."""
         return Seeds(self.seed, self.local_rank)
+
+    @property
+    def bare_network(self) -> nn.Module:
+        """The network inside DistributedDataParallel and torch.compile."""
+        return unwrapped(self.network)
 
     @property
     def folder(self) -> Path:
@@ -109,25 +121,36 @@ class LastingTrainer(nnUNetTrainer):
                 self.on_train_start()
                 if is_wanted() and self.current_epoch == self.iteration == 0:
                     rehearse(self)
+                self._begin_to_show()
                 self._saved_at = time.monotonic()
                 for _ in range(self.current_epoch, self.num_epochs):
                     self._run_epoch(stop)
                 self.on_train_end()
+                self._note("finished")
+            except BaseException:
+                self._end_showing()
+                raise
             finally:
-                self._close()
+                self._close_loaders()
             if stop.is_asked:
                 raise SystemExit(EXIT_INTERRUPTED)
 
     def _run_epoch(self, stop: StopRequest) -> None:
         self.on_epoch_start()
         self.on_train_epoch_start()
+        self._watching(Watch.start_epoch)
         while self.iteration < self.num_iterations_per_epoch:
             self._stop_or_save(stop)
+            started = time.monotonic()
             batch = self.next_batch()
+            waited_s = time.monotonic() - started
             self.seeds.seed_all(Purpose.STEP, self._place)
             self._losses.append(self.train_step(batch)["loss"])
             self.iteration += 1
+            if self.watch is not None:
+                self.watch.iteration(float(self._losses[-1]), waited_s, self.gradient_norm)
         self.on_train_epoch_end([{"loss": loss} for loss in self._losses])
+        self._watching(Watch.end_of_training_part)
         with torch.no_grad():
             self.on_validation_epoch_start()
             results = []
@@ -137,8 +160,25 @@ class LastingTrainer(nnUNetTrainer):
                 batch = waiting.pop(0) if waiting else next(self.dataloader_val)
                 results.append(self.validation_step(batch))
             self.on_validation_epoch_end(results)
+        self._watching(Watch.end_of_epoch)
         self.on_epoch_end()
         self.iteration, self._losses = 0, []
+        self._note("training")
+
+    def _begin_to_show(self) -> None:
+        if self.local_rank == 0:
+            self.watch = Watch(self, self._example)
+
+    def _watching(self, show: Callable[[Watch], None]) -> None:
+        if self.watch is not None:
+            show(self.watch)
+
+    def _note(self, state: State) -> None:
+        self._watching(lambda watch: watch.note(state))
+
+    def _end_showing(self) -> None:
+        self._watching(Watch.close)
+        self.watch = None
 
     def next_batch(self) -> dict[str, Any]:
         """The next batch to train on."""
@@ -156,6 +196,8 @@ class LastingTrainer(nnUNetTrainer):
         if is_asked or is_due:
             self._save_within_epoch()
         if is_asked:
+            self._watching(Watch.stop_showing)
+            self._note("stopped")
             self.print_to_log_file(
                 f"Asked to stop: epoch {self.current_epoch}, iteration {self.iteration} "
                 f"{'is saved; ' if not self.disable_checkpointing else 'is lost, checkpointing is disabled; '}"
@@ -183,7 +225,7 @@ class LastingTrainer(nnUNetTrainer):
             )
             raise SystemExit(EXIT_INTERRUPTED) from error
 
-    def _close(self) -> None:
+    def _close_loaders(self) -> None:
         for loader in (self.dataloader_train, self.dataloader_val):
             if isinstance(loader, MultiThreadedAugmenter):
                 loader._finish()
@@ -191,7 +233,10 @@ class LastingTrainer(nnUNetTrainer):
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
         """nnU-Net's; SIGTERM, SIGUSR1 and Ctrl-C end it with code 75, and the same command validates again."""
         with exit_when_asked():
-            super().perform_actual_validation(save_probabilities)
+            try:
+                super().perform_actual_validation(save_probabilities)
+            finally:
+                self._end_showing()
 
     # Batches
 
@@ -199,6 +244,8 @@ class LastingTrainer(nnUNetTrainer):
         """nnU-Net's loaders, giving batches that follow from the seed and their number, in order."""
         with _environment(_PROCESSES, "0"):
             training, validation = super().get_dataloaders()
+        self.seeds.seed_all(Purpose.EXAMPLE)
+        self._example = next(validation.data_loader)
         processes = get_allowed_n_proc_DA()
         first = self.current_epoch * self.num_val_iterations_per_epoch
         return (

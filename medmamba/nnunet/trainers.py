@@ -105,8 +105,11 @@ class MambaTrainer(LastingTrainer):
             weight_decay=self.weight_decay,
         )
         optimizer, lr_scheduler = optimisation.configure(unwrapped(self.network), schedule)
-        optimizer.register_step_pre_hook(refuse_non_finite_gradients)
+        optimizer.register_step_pre_hook(self._look_at_gradients)
         return optimizer, lr_scheduler
+
+    def _look_at_gradients(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        self.gradient_norm = refuse_non_finite_gradients(optimizer)
 
     def on_train_start(self) -> None:
         super().on_train_start()

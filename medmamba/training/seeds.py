@@ -30,6 +30,7 @@ class Purpose(IntEnum):
     TRAINING_BATCH = 1
     VALIDATION_BATCH = 2
     STEP = 3
+    EXAMPLE = 4
 
 
 @dataclass(frozen=True)
