@@ -12,6 +12,7 @@ from pathlib import Path
 
 from medmamba.command import Command, CommandError
 from medmamba.inference import predict_command
+from medmamba.nnunet import train_options
 from medmamba.nnunet.names import EXT_TRAINER, TRAINER_NAMES_IN_WORDS, ext_trainer_value
 
 
@@ -37,10 +38,14 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from medmamba.nnunet.host import run_console_command
+    from medmamba.nnunet.host import passing_signals_on, run_console_command
     from medmamba.nnunet.preflight import check_training
 
-    return run_console_command("nnUNetv2_train", check_training(arguments.arguments))
+    if {"-h", "--help"} & set(arguments.arguments):
+        print(train_options.HELP)
+    for_nnunet = train_options.take(arguments.arguments)
+    with passing_signals_on():
+        return run_console_command("nnUNetv2_train", check_training(for_nnunet))
 
 
 def _predict(arguments: argparse.Namespace) -> int:
@@ -158,7 +163,7 @@ RUN = Command(
     passthrough=True,
 )
 TRAIN = Command(
-    help="nnUNetv2_train with our trainers; same arguments, -tr follows the plans",
+    help="nnUNetv2_train with our trainers, and with --restart, --seed, --save-minutes and --no-rehearsal",
     configure=_no_arguments,
     run=_train,
     passthrough=True,

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import EntryPoint, PackageNotFoundError, distribution
+from types import FrameType
 
 from medmamba.command import CommandError
 from medmamba.nnunet.errors import UserFacingError
 from medmamba.nnunet.lookup import trainers_resolvable
+from medmamba.stop import EXIT_INTERRUPTED, handling
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +49,31 @@ def run_console_command(name: str, arguments: Sequence[str]) -> int:
             raise CommandError(str(error)) from error
         except SystemExit as exit_request:
             return _exit_code(exit_request)
+        except Exception as error:
+            # torch.multiprocessing's error for a process that has ended with a code; not imported for its sake alone.
+            if getattr(error, "exit_code", None) != EXIT_INTERRUPTED:
+                raise
+            return EXIT_INTERRUPTED
     return 0
+
+
+@contextmanager
+def passing_signals_on() -> Iterator[None]:
+    """Within ``with``, a signal that asks to stop reaches the processes that this one has started, and not this one.
+
+    For trainings on several GPUs, where this process only waits. One that trains takes the signals itself.
+    """
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        children = multiprocessing.active_children()
+        for child in children:
+            if child.pid is not None:
+                os.kill(child.pid, number)
+        if not children:
+            raise SystemExit(EXIT_INTERRUPTED)
+
+    with handling(pass_on):
+        yield
 
 
 def _exit_code(exit_request: SystemExit) -> int:

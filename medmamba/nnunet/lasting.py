@@ -7,7 +7,6 @@ or without ``--c``; the way to begin anew is ``MEDMAMBA_RESTART=1``.
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,18 +25,17 @@ from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from torch import nn
 from torch._dynamo import OptimizedModule
 
-from medmamba.nnunet.rehearsal import is_wanted, rehearse
-from medmamba.nnunet.resume import best_so_far, check_same_training, move_aside, newest, wants_restart
+from medmamba.nnunet.rehearsal import rehearse
+from medmamba.nnunet.resume import best_so_far, check_same_training, move_aside, newest
 from medmamba.nnunet.watch import Watch
 from medmamba.stop import EXIT_INTERRUPTED, StopRequest, exit_when_asked
 from medmamba.training.checkpoints import FINAL, LATEST, PREVIOUS
 from medmamba.training.progress import State
 from medmamba.training.saving import save, save_in_ring
-from medmamba.training.seeds import Purpose, SeededBatches, Seeds, wanted_seed
+from medmamba.training.seeds import Purpose, SeededBatches, Seeds
+from medmamba.training.settings import minutes_between_saves, seed_of_new_training, wants_rehearsal, wants_restart
 from medmamba.weights import read_training
 
-#: Environment variable with the minutes between two checkpoints within an epoch.
-SAVE_VARIABLE = "MEDMAMBA_SAVE_MINUTES"
 _PROCESSES = "nnUNet_n_proc_DA"
 
 
@@ -68,7 +66,7 @@ class LastingTrainer(nnUNetTrainer):
     ) -> None:
         self._is_told_to_continue = bool(plans["continue_training"])
         super().__init__(plans, configuration, fold, dataset_json, device)
-        self.seed = wanted_seed()
+        self.seed = seed_of_new_training()
         self.save_minutes = minutes_between_saves()
         self.iteration = 0
         self.waiting: list[dict[str, Any]] = []
@@ -119,7 +117,7 @@ class LastingTrainer(nnUNetTrainer):
                 return
             try:
                 self.on_train_start()
-                if is_wanted() and self.current_epoch == self.iteration == 0:
+                if wants_rehearsal() and self.current_epoch == self.iteration == 0:
                     rehearse(self)
                 self._begin_to_show()
                 self._saved_at = time.monotonic()
@@ -198,6 +196,8 @@ class LastingTrainer(nnUNetTrainer):
         if is_asked:
             self._watching(Watch.stop_showing)
             self._note("stopped")
+            if self.is_ddp:
+                dist.barrier()  # who starts the processes ends all of them when the first one leaves
             self.print_to_log_file(
                 f"Asked to stop: epoch {self.current_epoch}, iteration {self.iteration} "
                 f"{'is saved; ' if not self.disable_checkpointing else 'is lost, checkpointing is disabled; '}"
@@ -401,22 +401,6 @@ def unwrapped(network: nn.Module) -> nn.Module:
     if isinstance(network, nn.parallel.DistributedDataParallel):
         network = network.module
     return network._orig_mod if isinstance(network, OptimizedModule) else network
-
-
-def minutes_between_saves() -> float:
-    """``MEDMAMBA_SAVE_MINUTES``, or 15.
-
-    Raises:
-        ValueError: the variable is no number of 0 or more.
-    """
-    text = os.environ.get(SAVE_VARIABLE, "").strip() or "15"
-    try:
-        minutes = float(text)
-    except ValueError:
-        minutes = math.nan
-    if not minutes >= 0:
-        raise ValueError(f"{SAVE_VARIABLE}={text!r} is no number of minutes, 0 or more")
-    return minutes
 
 
 def _plain(value: Any) -> Any:

@@ -7,7 +7,6 @@ compared with its reference. Nothing of it stays: weights, optimizer and random 
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 import time
@@ -27,13 +26,12 @@ from medmamba.inference.machine import peak_bytes
 from medmamba.nnunet.errors import UserFacingError
 from medmamba.training.saving import save
 from medmamba.training.seeds import Purpose
+from medmamba.training.settings import REHEARSAL
 from medmamba.weights import read_training
 
 if TYPE_CHECKING:
     from medmamba.nnunet.lasting import LastingTrainer
 
-#: Environment variable that leaves the rehearsal out with 0.
-REHEARSAL_VARIABLE = "MEDMAMBA_REHEARSAL"
 _ITERATIONS = 2
 #: Checkpoints that are on the disk at the same time: latest, previous, best, and one that is being written.
 _CHECKPOINTS = 4
@@ -46,11 +44,6 @@ class RehearsalError(UserFacingError, RuntimeError):
     """The rehearsal found what would have ended the training later; the text says what and what to do."""
 
 
-def is_wanted() -> bool:
-    """Whether trainings begin with a rehearsal."""
-    return os.environ.get(REHEARSAL_VARIABLE, "").strip().lower() not in ("0", "false", "no")
-
-
 def rehearse(trainer: LastingTrainer) -> None:
     """Rehearse a training that is ready to begin, and print what it will take.
 
@@ -58,7 +51,7 @@ def rehearse(trainer: LastingTrainer) -> None:
         RehearsalError: the disk is too small, a checkpoint does not come back as it was written.
         Exception: whatever training, prediction, export or evaluation raise.
     """
-    trainer.print_to_log_file(f"Rehearsal ({REHEARSAL_VARIABLE}=0 leaves it out):")
+    trainer.print_to_log_file(f"Rehearsal ({REHEARSAL}=0 leaves it out):")
     before = deepcopy(trainer.checkpoint(0, 0))
     size = _try_checkpoint(trainer, before) if trainer.local_rank == 0 and not trainer.disable_checkpointing else 0
     seconds = _try_iterations(trainer)
@@ -86,7 +79,7 @@ def _try_checkpoint(trainer: LastingTrainer, content: dict[str, Any]) -> int:
     if free < _CHECKPOINTS * size:
         raise RehearsalError(
             f"{path.parent} has {free / _GIB:.2f} GiB left; a training keeps up to {_CHECKPOINTS} checkpoints of "
-            f"{size / _GIB:.2f} GiB there: make room, or leave the rehearsal out with {REHEARSAL_VARIABLE}=0"
+            f"{size / _GIB:.2f} GiB there: make room, or leave the rehearsal out with {REHEARSAL}=0"
         )
     return size
 

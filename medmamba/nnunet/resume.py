@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -10,12 +9,9 @@ from typing import Any
 
 from medmamba.nnunet.errors import UserFacingError
 from medmamba.training.checkpoints import BEST, NAMES, Candidate, candidate, candidates
+from medmamba.training.settings import RESTART
 from medmamba.weights import WeightsError, read_training
 
-#: Environment variable that makes a training begin anew where another one was.
-RESTART_VARIABLE = "MEDMAMBA_RESTART"
-#: Of SLURM: how often a job was requeued.
-_REQUEUED = "SLURM_RESTART_COUNT"
 _DIFFERENCES_SHOWN = 5
 
 Log = Callable[[str], None]
@@ -23,16 +19,6 @@ Log = Callable[[str], None]
 
 class ResumeError(UserFacingError, RuntimeError):
     """A folder holds a training that cannot be continued; the text says why and what to do."""
-
-
-def wants_restart(log: Log) -> bool:
-    """Whether the user asks to begin anew; a job that SLURM has requeued continues what its first life began."""
-    if os.environ.get(RESTART_VARIABLE, "").strip().lower() not in ("1", "true", "yes"):
-        return False
-    if os.environ.get(_REQUEUED, "0") not in ("", "0"):
-        log(f"{RESTART_VARIABLE} is ignored: this job was requeued, it continues.")
-        return False
-    return True
 
 
 def move_aside(folder: Path, log: Log) -> None:
@@ -122,7 +108,7 @@ def check_same_training(content: Mapping[str, Any], now: Mapping[str, Any], fold
     raise ResumeError(
         f"{folder} holds a training that was begun otherwise ({shown}). To continue it all the same add --c; to begin "
         f"anew, with its checkpoints moved into a folder beside, use `medmamba train ... --restart` or "
-        f"{RESTART_VARIABLE}=1; to keep both use other plans (--plans-name)"
+        f"{RESTART}=1; to keep both use other plans (--plans-name)"
     )
 
 

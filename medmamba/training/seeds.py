@@ -6,9 +6,7 @@ So nothing has to be kept to continue a training to the same bits, with any numb
 from __future__ import annotations
 
 import ctypes
-import os
 import random
-import secrets
 import signal
 import sys
 from collections.abc import Iterator
@@ -18,9 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-
-#: Environment variable with a whole number that makes a training repeatable.
-SEED_VARIABLE = "MEDMAMBA_SEED"
 
 
 class Purpose(IntEnum):
@@ -52,20 +47,6 @@ class Seeds:
         random.seed(first)
         np.random.seed(second % 2**32)  # noqa: NPY002 (the generator that the augmentations of nnU-Net draw from)
         torch.manual_seed(third)
-
-
-def wanted_seed() -> int:
-    """The seed of a new training: ``MEDMAMBA_SEED``, or a random one.
-
-    Raises:
-        ValueError: the variable is no whole number of 0 or more.
-    """
-    text = os.environ.get(SEED_VARIABLE, "").strip()
-    if not text:
-        return secrets.randbits(63)
-    if not text.isdecimal():
-        raise ValueError(f"{SEED_VARIABLE}={text!r} is no whole number of 0 or more")
-    return int(text)
 
 
 class SeededBatches:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from medmamba.command import CommandError
 from medmamba.nnunet.resume import ResumeError
 from medmamba.training.checkpoints import BEST, FINAL, LATEST, PREVIOUS, candidates
 from medmamba.weights import read_training
@@ -285,5 +286,5 @@ def test_a_disk_that_takes_no_more_stops_with_words_and_leaves_what_is_there(tra
 @pytest.mark.parametrize(("variable", "value"), [("MEDMAMBA_SEED", "-1"), ("MEDMAMBA_SAVE_MINUTES", "often")])
 def test_a_bad_variable_is_refused(make_trainer, plans, monkeypatch, variable, value):
     monkeypatch.setenv(variable, value)
-    with pytest.raises(ValueError, match=f"{variable}='{value}'"):
+    with pytest.raises(CommandError, match=f"{variable}='{value}'"):
         make_trainer("nnUNetTrainerVMUNet", plans)

@@ -1,0 +1,65 @@
+"""What ``medmamba train`` takes beyond the arguments of ``nnUNetv2_train``; for the latter they are variables."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from medmamba.command import CommandError
+from medmamba.training.settings import REHEARSAL, RESTART, SAVE_MINUTES, SEED
+
+#: What goes before the help of nnU-Net's command.
+HELP = f"""medmamba train takes what nnUNetv2_train takes, see below, and
+  --restart           begin anew; checkpoints of an earlier training are moved into a folder beside ({RESTART}=1)
+  --seed N            make the training repeatable ({SEED}=N)
+  --save-minutes M    save a checkpoint every M minutes, default 15, besides those of nnU-Net ({SAVE_MINUTES}=M)
+  --no-rehearsal      leave out the two iterations, the checkpoint and the export before epoch 0 ({REHEARSAL}=0)
+A training that was begun in the same folder continues, with and without --c.
+"""
+
+
+def take(arguments: Sequence[str]) -> list[str]:
+    """Set the variables of this process by our options, and return the other arguments, in order.
+
+    Raises:
+        CommandError: a value that does not fit, or ``--restart`` beside ``--c``.
+    """
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--restart", action="store_true")
+    parser.add_argument("--seed", type=_whole)
+    parser.add_argument("--save-minutes", type=_minutes)
+    parser.add_argument("--no-rehearsal", action="store_true")
+    ours, others = parser.parse_known_args(list(arguments))
+    if ours.restart and "--c" in others:
+        raise CommandError("--restart begins anew and --c continues; leave one of them out")
+    chosen = {
+        RESTART: "1" if ours.restart else None,
+        SEED: ours.seed,
+        SAVE_MINUTES: ours.save_minutes,
+        REHEARSAL: "0" if ours.no_rehearsal else None,
+    }
+    os.environ.update({name: str(value) for name, value in chosen.items() if value is not None})
+    return others
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        raise CommandError(message)
+
+
+def _whole(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of 0 or more")
+    return int(text)
+
+
+def _minutes(text: str) -> float:
+    try:
+        minutes = float(text)
+    except ValueError:
+        minutes = -1.0
+    if not minutes >= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of minutes, 0 or more")
+    return minutes

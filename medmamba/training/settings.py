@@ -1,0 +1,71 @@
+"""What decides about a training from outside: environment variables, because nnU-Net's command has no place for it."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Callable
+
+from medmamba.command import CommandError
+
+#: Begins a training anew where another one was.
+RESTART = "MEDMAMBA_RESTART"
+#: A whole number that makes a training repeatable.
+SEED = "MEDMAMBA_SEED"
+#: Minutes between two checkpoints within an epoch.
+SAVE_MINUTES = "MEDMAMBA_SAVE_MINUTES"
+#: 0 leaves the rehearsal before epoch 0 out.
+REHEARSAL = "MEDMAMBA_REHEARSAL"
+
+_DEFAULT_MINUTES = 15.0
+#: Of SLURM: how often a job was requeued.
+_REQUEUED = "SLURM_RESTART_COUNT"
+
+
+def seed_of_new_training() -> int:
+    """``MEDMAMBA_SEED``, or a random one.
+
+    Raises:
+        CommandError: it is no whole number of 0 or more.
+    """
+    text = _text(SEED)
+    if not text:
+        return secrets.randbits(63)
+    if not text.isdecimal():
+        raise CommandError(f"{SEED}={text!r} is no whole number of 0 or more")
+    return int(text)
+
+
+def minutes_between_saves() -> float:
+    """``MEDMAMBA_SAVE_MINUTES``, or 15.
+
+    Raises:
+        CommandError: it is no number of 0 or more.
+    """
+    text = _text(SAVE_MINUTES)
+    try:
+        minutes = float(text or _DEFAULT_MINUTES)
+    except ValueError:
+        minutes = -1.0
+    if not minutes >= 0:
+        raise CommandError(f"{SAVE_MINUTES}={text!r} is no number of minutes, 0 or more")
+    return minutes
+
+
+def wants_rehearsal() -> bool:
+    """Whether trainings begin with a rehearsal."""
+    return _text(REHEARSAL).lower() not in ("0", "false", "no")
+
+
+def wants_restart(log: Callable[[str], None]) -> bool:
+    """Whether the user asks to begin anew; a job that SLURM has requeued continues what its first life began."""
+    if _text(RESTART).lower() not in ("1", "true", "yes"):
+        return False
+    if _text(_REQUEUED) not in ("", "0"):
+        log(f"{RESTART} is ignored: this job was requeued, it continues.")
+        return False
+    return True
+
+
+def _text(name: str) -> str:
+    return os.environ.get(name, "").strip()
