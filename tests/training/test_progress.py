@@ -67,7 +67,7 @@ def test_a_process_that_lives_is_running():
 
 def test_a_process_that_was_killed_is_not_running():
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    progress = replace(FULL, pid=child.pid)
+    progress = Progress(epoch=0, iteration=0, epochs=5, state="training", pid=child.pid)  # saved just now
     assert is_running(progress) is True
     child.kill()
     os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
