@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import sys
 from collections.abc import Callable
 from copy import deepcopy
@@ -41,7 +42,6 @@ def make_trainers(spec: dict[str, Any]) -> dict[str, MambaTrainer]:
     """
     trainers = {}
     for name, case in spec["cases"].items():
-        torch.manual_seed(0)
         plans = {**case["plans"], "continue_training": False}
         trainer = TRAINERS[case["trainer"]](plans, "3d_fullres", 0, spec["dataset_json"], torch.device("cpu"))
         trainer.enable_deep_supervision = case["deep_supervision"]
@@ -149,6 +149,7 @@ def diverge(trainer: MambaTrainer, rank: int, spoil: Callable[[Tensor], Tensor])
 
 def main(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
+    os.environ["MEDMAMBA_SEED"] = "0"
     spec = json.loads((folder / "spec.json").read_text())
     trainers = make_trainers(spec)
     whole = trainers.pop(WHOLE)
