@@ -141,21 +141,35 @@ def test_no_fence_escapes_the_convention():
 
 
 README = (CHECKOUT / "README.md").read_text(encoding="utf-8")
+#: Name -> shell commands under <!-- command: NAME -->.
+COMMANDS: dict[str, str] = dict(
+    re.findall(r"^<!-- command: (\w+) -->\n```bash\n(.+?)^```$", README, re.MULTILINE | re.DOTALL)
+)
 
 
 def test_the_readme_stays_one_screen():
     assert README.count("![") == 1
-    assert README.count("```bash") == 2
+    assert README.count("```bash") == 3
     prose = re.sub(r"<!-- table: .*?<!-- end table -->", "", README, flags=re.DOTALL)
     assert len(prose.splitlines()) <= 80
 
 
-def test_the_readme_holds_the_two_commands_that_ci_runs():
-    commands = re.findall(r"^<!-- command: (\w+) -->\n```bash\n(.+?)^```$", README, re.MULTILINE | re.DOTALL)
-    assert [name for name, _ in commands] == ["demo", "test"]
-    assert all(len(code.strip().splitlines()) == 1 for _, code in commands)
+def test_the_readme_holds_the_three_commands_that_ci_runs():
+    assert list(COMMANDS) == ["demo", "predict", "test"]
+    assert all(len(code.strip().splitlines()) == 1 for code in COMMANDS.values())
     ci = (CHECKOUT / ".ci" / "run").read_text(encoding="utf-8")
-    assert all(f"$(readme_command {name})" in ci for name, _ in commands)
+    assert all(f"$(readme_command {name})" in ci for name in COMMANDS)
+
+
+@pytest.mark.slow
+def test_the_readme_predicts_with_the_shipped_model(tmp_path):
+    for name in ("medmamba", "tests"):
+        (tmp_path / name).symlink_to(CHECKOUT / name)
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    subprocess.run(["bash", "-euo", "pipefail", "-c", COMMANDS["predict"]], cwd=tmp_path, env=environment, check=True)
+    references = CHECKOUT / "medmamba" / "demo" / "data" / "Dataset004_Hippocampus" / "labelsTr"
+    names = {path.name for path in references.iterdir()}
+    assert {path.name for path in (tmp_path / "segmentations").glob("*.nii.gz")} == names
 
 
 def test_the_files_that_the_readme_shows_exist():

@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from pathlib import Path
@@ -22,7 +23,10 @@ import torch
 from medmamba_kernels.backends import native
 
 CHECKOUT = Path(__file__).resolve().parents[1]
-SOURCES = ("pyproject.toml", "README.md", "LICENSE", "CMakeLists.txt", "medmamba", "kernels", "plans", "pretrain")
+SOURCES = (
+    *("pyproject.toml", ".gitignore", "README.md", "LICENSE", "CMakeLists.txt"),
+    *("medmamba", "kernels", "plans", "pretrain", "tests/data/models"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +157,17 @@ def test_an_sdist_becomes_a_wheel_for_every_python_offline(offline_wheel):
         assert "libc.so" in needed
         assert "libstdc++" not in needed
         assert "libgcc_s" not in needed
+
+
+@pytest.mark.slow
+def test_the_trained_model_is_in_the_sdist_and_not_in_the_wheel(offline_wheel):
+    (sdist,) = offline_wheel.parent.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        names = [name.partition("/")[2] for name in archive.getnames()]
+    model = CHECKOUT / "tests" / "data" / "models" / "hippocampus"
+    assert {path.relative_to(CHECKOUT).as_posix() for path in model.iterdir()} <= set(names)
+    with zipfile.ZipFile(offline_wheel) as archive:
+        assert not [name for name in archive.namelist() if name.endswith(".safetensors")]
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import csv
 import re
+import statistics
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -320,6 +321,40 @@ def presets_table() -> str:
     return _table(["preset", "step", "mirroring", "tiles of air", "forward passes"], rows)
 
 
+def presets_cost_table() -> str:
+    """Dice and time of the presets, from plans/results/presets.csv; differences are paired by case."""
+    presets: dict[str, list[dict[str, str]]] = {}
+    for row in _results("presets"):
+        presets.setdefault(row["preset"], []).append(row)
+    table = []
+    for name, rows in presets.items():
+        deltas = [b - a for a, b in zip(_dice_of_cases(presets["accurate"]), _dice_of_cases(rows), strict=True)]
+        seconds = statistics.median(float(row["predict_s"]) for row in rows)
+        scores = [
+            f"{_mean(rows, 'dice'):.4f}",
+            _interval(deltas) if any(deltas) else "",
+            f"{_mean(rows, 'nsd_1mm'):.3f}",
+        ]
+        table.append([f"`{name}`", *scores, f"{min(_dice_of_cases(rows)):.3f}", f"{seconds:.2f}"])
+    return _table(["preset", "Dice", "difference, 95 %", "NSD at 1 mm", "Dice of the worst case", "seconds"], table)
+
+
+def _dice_of_cases(rows: list[dict[str, str]]) -> list[float]:
+    """Mean Dice of the labels of every case, in the order of the cases' names."""
+    return [
+        _mean([row for row in rows if row["case"] == case], "dice") for case in sorted({row["case"] for row in rows})
+    ]
+
+
+def _interval(values: list[float]) -> str:
+    """Mean with Student's interval."""
+    from scipy import stats
+
+    half = stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
+    mean = statistics.mean(values)
+    return f"{mean:+.4f} ({mean - half:+.4f} to {mean + half:+.4f})"
+
+
 def recipes_table() -> str:
     """Recipes and what they cost, from pretrain/results/recipes.csv."""
     from medmamba_pretrain.recipe import read_recipe
@@ -383,6 +418,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "networks": networks_table,
     "networks-readme": lambda: networks_table("docs/reference/networks.md"),
     "presets": presets_table,
+    "presets-cost": presets_cost_table,
     "recipes": recipes_table,
     "route-sets": route_sets_table,
     "ssm-modes": ssm_modes_table,

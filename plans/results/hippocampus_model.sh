@@ -3,8 +3,10 @@
 #
 #     bash plans/results/hippocampus_model.sh WORK_FOLDER DATASET_FOLDER
 #
-# DATASET_FOLDER is nnU-Net's raw Dataset004_Hippocampus. Not yet run to its end: no model of it is shipped. nnU-Net
-# draws crops and initial values without a seed, so two runs give two models.
+# DATASET_FOLDER is nnU-Net's raw Dataset004_Hippocampus. tests/data/models/hippocampus is its result at commit 556282c
+# (torch 2.15.0, nnunetv2 2.8.1): mean Dice 0.869 on the 39 validation cases, 18 min 49 s and 1,917 CPU seconds on two
+# cores that were busy with other work too. nnU-Net draws crops and initial values without a seed, so two runs give two
+# models.
 set -euo pipefail
 
 work=$(realpath -m "$1") dataset=$(realpath "$2")

@@ -8,22 +8,20 @@ Environment variables:
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import random
 import resource
 import shlex
 import shutil
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
 CHECKOUT = Path(__file__).resolve().parents[2]
+MODEL = CHECKOUT / "tests" / "data" / "models" / "hippocampus"
 BASE = "python:3.11-slim-bookworm"
 TOOLS = ("buildah", "podman", "runc")
 #: As docker mounts it; podman would allow to execute files there.
@@ -161,25 +159,7 @@ def user() -> int:
     return random.SystemRandom().randrange(20_000, 60_000)
 
 
-def _module(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"loaded_{path.stem}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A package of a small VM-UNet with random weights."""
-    from medmamba.inference.model import export_model
-
-    training = _module(CHECKOUT / "tests" / "inference" / "conftest.py")
-    plans = training.tiny_plans("vmunet")
-    plans["configurations"]["3d_fullres"]["patch_size"] = [32, 32, 32]
-    trained = training.trained_folder(tmp_path_factory.mktemp("trained"), "vmunet", plans=plans)
-    out = tmp_path_factory.mktemp("models") / "hippocampus"
-    export_model(trained.folder, out, licence="CC-BY-4.0", intended_use="Tests of medmamba.")
-    return out
+    """The trained model of the repository, where any user may read it."""
+    return shutil.copytree(MODEL, tmp_path_factory.mktemp("models") / "hippocampus")
