@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import random
 import shutil
 import time
 import traceback
@@ -258,14 +257,10 @@ class _Run:
         return [int(size) for size in configuration.patch_size]
 
     def _train(self, progress: Progress) -> None:
-        import numpy as np
         import torch
 
         from medmamba.nnunet.trainers import TRAINERS
 
-        random.seed(self.settings.seed)
-        np.random.seed(self.settings.seed)  # noqa: NPY002 nnU-Net's augmentation draws from the global state
-        torch.manual_seed(self.settings.seed)
         plans = _read_json(self.preprocessed / f"{self.request.plans_name}.json")
         trainer = TRAINERS[self.trainer_name](
             {**plans, "continue_training": False},
@@ -274,6 +269,8 @@ class _Run:
             _read_json(self.preprocessed / "dataset.json"),
             torch.device("cpu"),
         )
+        trainer.seed = self.settings.seed
+        trainer.rehearses, trainer.is_quiet = False, True  # the demo shows its own progress
         train_step = trainer.train_step
 
         def counted_step(batch: dict[str, Any]) -> dict[str, Any]:

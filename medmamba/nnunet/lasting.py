@@ -47,6 +47,8 @@ class LastingTrainer(nnUNetTrainer):
 
     Attributes:
         save_minutes: between two ``checkpoint_latest`` within an epoch; those of ``save_every`` epochs come as well.
+        rehearses: before epoch 0, unless ``MEDMAMBA_REHEARSAL=0``.
+        is_quiet: whether the iterations of an epoch are not shown while it goes.
         seed: of the training: ``MEDMAMBA_SEED``, or a random one, or that of the checkpoint.
         iteration: iterations of the current epoch that are done.
         waiting, waiting_to_validate: batches that come before those of the loaders.
@@ -68,6 +70,8 @@ class LastingTrainer(nnUNetTrainer):
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.seed = seed_of_new_training()
         self.save_minutes = minutes_between_saves()
+        self.rehearses = wants_rehearsal()
+        self.is_quiet = False
         self.iteration = 0
         self.waiting: list[dict[str, Any]] = []
         self.waiting_to_validate: list[dict[str, Any]] = []
@@ -117,7 +121,7 @@ class LastingTrainer(nnUNetTrainer):
                 return
             try:
                 self.on_train_start()
-                if wants_rehearsal() and self.current_epoch == self.iteration == 0:
+                if self.rehearses and self.current_epoch == self.iteration == 0:
                     rehearse(self)
                 self._begin_to_show()
                 self._saved_at = time.monotonic()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import statistics
 from collections.abc import Iterator, Sequence
@@ -44,7 +45,10 @@ class Watch:
         self._board.hparams(hparams_of(trainer))
         trainer.logger.loggers.append(self._board)
         self._live = LiveLine(
-            trainer.print_to_log_file, epochs=trainer.num_epochs, iterations=trainer.num_iterations_per_epoch
+            (lambda line: None) if trainer.is_quiet else trainer.print_to_log_file,
+            epochs=trainer.num_epochs,
+            iterations=trainer.num_iterations_per_epoch,
+            stream=io.StringIO() if trainer.is_quiet else None,
         )
         self._norms: list[float] = []
 

@@ -128,6 +128,7 @@ def train(dataset: str, network: str, mode: str, seed: int) -> None:
     cls = nnUNetTrainerShort if network == "stock" else TRAINERS[trainer_name(network)]
     dataset_json = load_json(str(folder / "dataset.json"))
     trainer = cls({**plans, "continue_training": False}, "3d_fullres", FOLD, dataset_json, torch.device("cpu"))
+    trainer.seed, trainer.rehearses = seed, False  # of the stock trainer nobody reads them
     trainer.run_training()
     trainer.inference_allowed_mirroring_axes = None  # one forward per tile instead of eight, for all arms
     trainer.perform_actual_validation(False)

@@ -356,6 +356,7 @@ def seed_everything(seed: int) -> None:
     import torch
 
     torch.set_num_threads(1)
+    os.environ.update(MEDMAMBA_SEED=str(seed), MEDMAMBA_REHEARSAL="0")  # of our trainers
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002 (it is nnU-Net's generator)
     torch.manual_seed(seed)
