@@ -7,7 +7,6 @@ or without ``--c``; the way to begin anew is ``MEDMAMBA_RESTART=1``.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,13 +17,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from batchgenerators.dataloading.multi_threaded_augmenter import MultiThreadedAugmenter
-from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from torch import nn
 from torch._dynamo import OptimizedModule
 
+from medmamba.nnunet.batches import close, in_workers, no_workers
 from medmamba.nnunet.rehearsal import rehearse
 from medmamba.nnunet.resume import best_so_far, check_same_training, move_aside, newest
 from medmamba.nnunet.watch import Watch
@@ -35,8 +33,6 @@ from medmamba.training.saving import save, save_in_ring
 from medmamba.training.seeds import Purpose, SeededBatches, Seeds
 from medmamba.training.settings import minutes_between_saves, seed_of_new_training, wants_rehearsal, wants_restart
 from medmamba.weights import read_training
-
-_PROCESSES = "nnUNet_n_proc_DA"
 
 
 class LastingTrainer(nnUNetTrainer):
@@ -202,11 +198,9 @@ class LastingTrainer(nnUNetTrainer):
             self._note("stopped")
             if self.is_ddp:
                 dist.barrier()  # who starts the processes ends all of them when the first one leaves
-            self.print_to_log_file(
-                f"Asked to stop: epoch {self.current_epoch}, iteration {self.iteration} "
-                f"{'is saved; ' if not self.disable_checkpointing else 'is lost, checkpointing is disabled; '}"
-                "the same command continues there."
-            )
+            where = f"epoch {self.current_epoch}, iteration {self.iteration}"
+            saved = "checkpointing is disabled, it is lost" if self.disable_checkpointing else "it is saved"
+            self.print_to_log_file(f"Asked to stop at {where}: {saved}; the same command continues.")
             raise SystemExit(EXIT_INTERRUPTED)
 
     def _any_process(self, *answers: bool) -> tuple[bool, ...]:
@@ -231,8 +225,7 @@ class LastingTrainer(nnUNetTrainer):
 
     def _close_loaders(self) -> None:
         for loader in (self.dataloader_train, self.dataloader_val):
-            if isinstance(loader, MultiThreadedAugmenter):
-                loader._finish()
+            close(loader)
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
         """nnU-Net's; SIGTERM, SIGUSR1 and Ctrl-C end it with code 75, and the same command validates again."""
@@ -246,30 +239,16 @@ class LastingTrainer(nnUNetTrainer):
 
     def get_dataloaders(self) -> tuple[Any, Any]:
         """nnU-Net's loaders, giving batches that follow from the seed and their number, in order."""
-        with _environment(_PROCESSES, "0"):
+        with no_workers():
             training, validation = super().get_dataloaders()
         self.seeds.seed_all(Purpose.EXAMPLE)
         self._example = next(validation.data_loader)
-        processes = get_allowed_n_proc_DA()
+        processes, pin = get_allowed_n_proc_DA(), self.device.type == "cuda"
         first = self.current_epoch * self.num_val_iterations_per_epoch
-        return (
-            self._in_workers(training.data_loader, Purpose.TRAINING_BATCH, self._place, processes),
-            self._in_workers(validation.data_loader, Purpose.VALIDATION_BATCH, first, -(-processes // 2)),
-        )
-
-    def _in_workers(self, loader: Any, purpose: Purpose, first: int, workers: int) -> Any:
-        batches = SeededBatches(loader, self.seeds, purpose, first, workers)
-        if workers == 0:
-            return SingleThreadedAugmenter(batches, None)
-        return MultiThreadedAugmenter(
-            batches,
-            None,
-            workers,
-            num_cached_per_queue=2,
-            seeds=[0] * workers,  # drawn anew for every batch
-            pin_memory=self.device.type == "cuda",
-            wait_time=0.002,
-        )
+        batches = SeededBatches(training.data_loader, self.seeds, Purpose.TRAINING_BATCH, self._place, processes)
+        half = -(-processes // 2)
+        to_validate = SeededBatches(validation.data_loader, self.seeds, Purpose.VALIDATION_BATCH, first, half)
+        return in_workers(batches, processes, pin=pin), in_workers(to_validate, half, pin=pin)
 
     # Checkpoints
 
@@ -295,6 +274,8 @@ class LastingTrainer(nnUNetTrainer):
         return box
 
     def _save(self, path: Path, epoch: int, iteration: int, losses: Sequence[torch.Tensor] = ()) -> None:
+        if path.name == LATEST:
+            self._saved_at = time.monotonic()  # in all processes, though one writes
         if self.local_rank != 0:
             return
         if self.disable_checkpointing:
@@ -303,7 +284,6 @@ class LastingTrainer(nnUNetTrainer):
         content = self.checkpoint(epoch, iteration, losses)
         if path.name == LATEST:
             save_in_ring(path, path.with_name(PREVIOUS), content)
-            self._saved_at = time.monotonic()
         else:
             save(path, content)
         if path.name == FINAL:
@@ -418,16 +398,3 @@ def _from_first(seed: int) -> int:
     box = [seed]
     dist.broadcast_object_list(box, src=0)
     return box[0]
-
-
-@contextmanager
-def _environment(name: str, value: str) -> Iterator[None]:
-    before = os.environ.get(name)
-    os.environ[name] = value
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before

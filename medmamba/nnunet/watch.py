@@ -88,13 +88,20 @@ class Watch:
         epoch = self._trainer.current_epoch
         if epoch % LOOK_EVERY and epoch + 1 != self._trainer.num_epochs:
             return
-        network = self._trainer.bare_network
-        data = self._example["data"].to(self._trainer.device)
+        try:
+            self._look(epoch)
+        except torch.OutOfMemoryError:
+            self._trainer.print_to_log_file("No GPU memory is left to show scans and a segmentation in TensorBoard.")
+
+    def _look(self, epoch: int) -> None:
+        """Scans and segmentation of the first image of the example."""
+        network, has_regions = self._trainer.bare_network, self._trainer.label_manager.has_regions
+        data = self._example["data"][:1].to(self._trainer.device)
         with _full_precision(self._trainer.device):
             self._board.scans(measure_step_sizes(network, data), epoch)
-            prediction = _labels(_first(network(data))[0], self._trainer.label_manager.has_regions)
+            prediction = _labels(_first(network(data))[0], has_regions)
         target = _first(self._example["target"])[0]
-        reference = _labels(target, True) if self._trainer.label_manager.has_regions else target[0]
+        reference = _labels(target, True) if has_regions else target[0]
         self._board.overlay(data[0, 0], prediction, reference, epoch, _name(self._example))
 
     def note(self, state: State) -> None:
