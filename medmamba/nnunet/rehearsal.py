@@ -24,6 +24,7 @@ from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to
 
 from medmamba.inference.machine import peak_bytes
 from medmamba.nnunet.errors import UserFacingError
+from medmamba.training.live import duration
 from medmamba.training.saving import save
 from medmamba.training.seeds import Purpose
 from medmamba.training.settings import REHEARSAL
@@ -154,7 +155,7 @@ def _predictor(trainer: LastingTrainer) -> nnUNetPredictor:
         tile_step_size=1.0,
         use_gaussian=True,
         use_mirroring=False,
-        perform_everything_on_device=True,
+        perform_everything_on_device=trainer.device.type == "cuda",
         device=trainer.device,
         allow_tqdm=False,
     )
@@ -173,8 +174,8 @@ def _predictor(trainer: LastingTrainer) -> nnUNetPredictor:
 def _report(trainer: LastingTrainer, trained_s: float, validated_s: float, checkpoint_bytes: int) -> list[str]:
     epoch_s = trained_s * trainer.num_iterations_per_epoch + validated_s * trainer.num_val_iterations_per_epoch
     lines = [
-        f"  an iteration takes {trained_s:.2f} s, so an epoch about {epoch_s / 60:.1f} min and "
-        f"{trainer.num_epochs} epochs {epoch_s * trainer.num_epochs / 3600:.1f} h, where batches come in time"
+        f"  an iteration takes {trained_s:.2f} s, so an epoch about {duration(epoch_s)} and "
+        f"{trainer.num_epochs} epochs {duration(epoch_s * trainer.num_epochs)}, where batches come in time"
     ]
     if trainer.device.type == "cuda":
         lines.append(f"  GPU memory: {torch.cuda.max_memory_reserved(trainer.device) / _GIB:.1f} GiB at most")

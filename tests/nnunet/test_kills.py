@@ -17,10 +17,7 @@ import torch
 from medmamba.training.checkpoints import BEST, FINAL, LATEST, candidate, candidates
 from medmamba.weights import read_training
 
-pytestmark = pytest.mark.slow
-
 LIVES = Path(__file__).with_name("lives.py")
-KILLS = 30
 SCHEDULE = {
     "num_epochs": 40,
     "num_iterations_per_epoch": 4,
@@ -81,7 +78,7 @@ def start_lives(folder, raw_cases, load_plans, make_tiny):
     stock["configurations"]["3d_fullres"].update(patch_size=[16, 16, 16], batch_size=2)
     plans = make_tiny(stock)
     plans["medmamba"]["schedule"] = SCHEDULE
-    names = ("nnUNetWholePlans", "nnUNetKilledPlans", "nnUNetAskedPlans", "nnUNetFullPlans")
+    names = ("nnUNetWholePlans", "nnUNetKilled8Plans", "nnUNetKilled30Plans", "nnUNetAskedPlans", "nnUNetFullPlans")
     folder.add_dataset(raw_cases, [{**plans, "plans_name": name} for name in names])
     started = []
 
@@ -121,10 +118,13 @@ def best_of(fold: Path) -> float | None:
     return read_training(fold / BEST)["_best_ema"]
 
 
-def test_thirty_kills_lose_nothing(start_lives, whole):
-    lives, draw = start_lives("nnUNetKilledPlans"), random.Random(0)
+@pytest.mark.parametrize(
+    "kills", [pytest.param(8, marks=pytest.mark.slow), pytest.param(30, marks=pytest.mark.nightly)]
+)
+def test_kills_at_random_moments_lose_nothing(start_lives, whole, kills):
+    lives, draw = start_lives(f"nnUNetKilled{kills}Plans"), random.Random(kills)
     position, best, within_a_save = (0, 0), None, 0
-    for number in range(KILLS):
+    for number in range(kills):
         pid = lives.start()
         _wait_until(lambda: (lives.fold / "tensorboard").is_dir())
         time.sleep(draw.uniform(0, 1.5))
@@ -142,7 +142,7 @@ def test_thirty_kills_lose_nothing(start_lives, whole):
         now = best_of(lives.fold)
         assert best is None or now >= best
         position, best = reached, now
-    assert number == KILLS - 1, "the training was over before it was killed often enough"
+    assert number == kills - 1, "the training was over before it was killed often enough"
     assert within_a_save > 0
     lives.start()
     assert lives.end() == 0, lives.log()[-4000:]
@@ -153,6 +153,7 @@ def test_thirty_kills_lose_nothing(start_lives, whole):
     assert final["logging"]["train_losses"] == whole["logging"]["train_losses"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT], ids=lambda n: n.name)
 def test_a_life_that_is_asked_to_stop_says_75_and_the_same_command_goes_on(start_lives, number):
     lives = start_lives("nnUNetAskedPlans")
@@ -166,6 +167,7 @@ def test_a_life_that_is_asked_to_stop_says_75_and_the_same_command_goes_on(start
     assert reached.position > before
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
 def test_a_file_system_of_64_kib_stops_with_words_and_keeps_the_checkpoint_before(start_lives):
     lives = start_lives("nnUNetFullPlans")
@@ -209,6 +211,7 @@ def _wait_until(condition, seconds: float = 120) -> None:
         time.sleep(0.002)
 
 
+@pytest.mark.slow
 def test_console_commands_train_on_without_c(start_lives, folder):
     """The real command this time, in a process of its own, begun anew by a scheduler without ``--c``."""
     lives = start_lives("nnUNetAskedPlans")
