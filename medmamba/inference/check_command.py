@@ -38,6 +38,9 @@ def _configure_check(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--allow-shift", action="store_true", help="take label maps that lie elsewhere than their image, with a note"
     )
+    parser.add_argument(
+        "--overlays", type=Path, metavar="FOLDER", help="with --labels: pictures of those that lie elsewhere go here"
+    )
     parser.add_argument("--ct", action="store_true", help="the images are CTs: refuse what cannot be HU")
     parser.add_argument("--force", action="store_true", help="take values that no scanner gives, with a note")
     parser.add_argument(
@@ -114,7 +117,9 @@ def _reading(arguments: argparse.Namespace, model: Model | None) -> Reading:
 def _checks(arguments: argparse.Namespace, cases: Sequence[Case], model: Model | None) -> Sequence[Check]:
     checks: list[Check] = []
     if arguments.labels:
-        checks.append(_label_check(arguments.labels, cases, arguments.allow_shift))
+        checks.append(_label_check(arguments, cases))
+    elif arguments.overlays:
+        raise CommandError("--overlays is about label maps: say --labels FOLDER as well")
     if model:
         from medmamba.inference.check.against_model import model_checks
 
@@ -148,19 +153,28 @@ def _cases(folder: Path, channels: int | Sequence[str] | None) -> Sequence[Case]
     return found.cases
 
 
-def _label_check(folder: Path, cases: Sequence[Case], allow_shift: bool) -> LabelCheck:
+def _label_check(arguments: argparse.Namespace, cases: Sequence[Case]) -> LabelCheck:
     from medmamba.inference.check import LabelCheck
+    from medmamba.inference.check.overlay import Overlays
 
     labels = {}
-    for label in _cases(folder, 1):
+    for label in _cases(arguments.labels, 1):
         if label.problem is not None:
-            raise CommandError(f"{folder}: {label.problem.text}")
+            raise CommandError(f"{arguments.labels}: {label.problem.text}")
         labels[label.id] = label.files[0]
     alone = sorted(set(labels) - {case.id for case in cases})
     if alone:
         names = ", ".join(map(printable, alone[:_MOST_NAMES])) + ", ..." * (len(alone) > _MOST_NAMES)
         print(f"{len(alone)} label maps without an image: {names}", file=sys.stderr)
-    return LabelCheck(labels, allow_shift)
+    overlays = None
+    if arguments.overlays:
+        try:
+            arguments.overlays.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CommandError(f"{arguments.overlays} cannot be made ({error.strerror}); choose another") from error
+        images = {case.id: case.files[0] for case in cases}
+        overlays = Overlays(arguments.overlays, images, arguments.volume, arguments.prefer)
+    return LabelCheck(labels, arguments.allow_shift, overlays)
 
 
 def _positive(text: str) -> int:

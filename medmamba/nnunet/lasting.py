@@ -7,6 +7,7 @@ or without ``--c``; the way to begin anew is ``MEDMAMBA_RESTART=1``.
 
 from __future__ import annotations
 
+import errno
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -33,6 +34,9 @@ from medmamba.training.saving import save, save_in_ring
 from medmamba.training.seeds import Purpose, SeededBatches, Seeds
 from medmamba.training.settings import minutes_between_saves, seed_of_new_training, wants_rehearsal, wants_restart
 from medmamba.weights import read_training
+
+#: A disk that is full, beyond a quota or a limit, or not writable.
+_NO_MORE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
 
 class LastingTrainer(nnUNetTrainer):
@@ -215,11 +219,13 @@ class LastingTrainer(nnUNetTrainer):
         try:
             yield
         except OSError as error:
-            if error.filename is None or not str(error.filename).startswith(str(self.folder)):
+            # Who writes into an open file gets an error without its name.
+            is_ours = str(error.filename or self.folder).startswith(str(self.folder))
+            if not is_ours or error.errno not in _NO_MORE:
                 raise
             self.print_to_log_file(
-                f"{error.filename} cannot be written ({error.strerror}). The checkpoints that are there are whole. "
-                "Make room, or make the folder writable, and give the same command again to continue."
+                f"{error.filename or self.folder} cannot be written ({error.strerror}). The checkpoints that are there "
+                "are whole. Make room, or make the folder writable, and give the same command again to continue."
             )
             raise SystemExit(EXIT_INTERRUPTED) from error
 
@@ -360,7 +366,6 @@ class LastingTrainer(nnUNetTrainer):
         if not self.was_initialized:
             self.initialize()
         self.restore(content)
-        self.my_init_kwargs = content["init_args"]
         self.inference_allowed_mirroring_axes = content["inference_allowed_mirroring_axes"]
         self._is_loaded = True
 

@@ -16,7 +16,8 @@ import SimpleITK
 
 from medmamba import cli
 from medmamba.inference.check import CaseReport, Finding, case_report, check_cases, examine, find_cases
-from medmamba.inference.reading import read_image
+from medmamba.inference.check.overlay import placed
+from medmamba.inference.reading import Image, read_image
 
 
 def touch(folder: Path, names: list[str]) -> None:
@@ -247,6 +248,50 @@ def test_a_shift_of_labels_can_be_allowed_and_another_grid_cannot(tmp_path, writ
     assert [finding["id"] for finding in json.loads(capsys.readouterr().out)["findings"]] == ["MM-IO-092"]
     of_other_size(folder / "labels" / "a.nii")
     assert cli.main(command) == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "drawn"),
+    [(good, set()), (shifted, {"a_by_header.png", "a_by_array.png"}), (of_other_size, {"a_by_header.png"})],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_label_maps_on_another_grid_are_drawn(tmp_path, write_nifti, change, drawn):
+    folder = labelled(change)(tmp_path, write_nifti)
+    pictures = tmp_path / "pictures"
+    cli.main(["check", str(folder), "--labels", str(folder / "labels"), "--overlays", str(pictures)])
+    assert {path.name for path in pictures.iterdir()} == drawn
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in pictures.iterdir())
+
+
+def test_overlays_need_labels(tmp_path, write_nifti, capsys):
+    folder = labelled(good)(tmp_path, write_nifti)
+    assert cli.main(["check", str(folder), "--overlays", str(tmp_path / "pictures")]) == 2
+    assert "say --labels" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_label_map_is_placed_where_its_header_puts_it(seed):
+    draw = np.random.default_rng(seed)
+    shapes = [tuple(int(size) for size in draw.integers(1, 7, 3)) for _ in range(2)]
+    affines = []
+    for _ in shapes:
+        turn = np.linalg.qr(draw.normal(size=(3, 3)))[0] @ np.diag(draw.uniform(0.5, 3, 3))
+        affines.append(np.vstack([np.column_stack([turn, draw.normal(size=3)]), [0, 0, 0, 1]]))
+    image, label = (
+        Image(draw.integers(1, 5, shape).astype(np.uint8), affine)
+        for shape, affine in zip(shapes, affines, strict=True)
+    )
+    result = placed(label, image)
+    assert result.shape == image.values.shape
+    assert result.dtype == np.uint8
+    for d, h, w in np.ndindex(*image.values.shape):
+        world = image.affine @ [w, h, d, 1]
+        position = (np.linalg.inv(label.affine) @ world)[:3][::-1]
+        nearest = tuple(int(value) for value in np.floor(position + 0.5))
+        near_a_border = np.any(np.abs(position - np.floor(position) - 0.5) < 1e-6)
+        inside = all(0 <= value < size for value, size in zip(nearest, label.values.shape, strict=True))
+        if not near_a_border:
+            assert result[d, h, w] == (label.values[nearest] if inside else 0)
 
 
 def test_labels_without_an_image_and_labels_that_clash_are_named(tmp_path, write_nifti, capsys):

@@ -97,6 +97,13 @@ def whole(start_lives) -> dict:
     lives = start_lives("nnUNetWholePlans")
     lives.start()
     assert lives.end() == 0, lives.log()[-4000:]
+    before = (lives.fold / FINAL).read_bytes()
+    (lives.fold / "validation" / "summary.json").unlink()
+    lives.start()  # validates again, and does not train
+    assert lives.end() == 0, lives.log()[-4000:]
+    assert f"All {SCHEDULE['num_epochs']} epochs are done" in lives.log()
+    assert (lives.fold / FINAL).read_bytes() == before
+    assert (lives.fold / "validation" / "summary.json").is_file()
     return read_training(lives.fold / FINAL)
 
 

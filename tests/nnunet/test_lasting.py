@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import signal
@@ -215,8 +216,9 @@ def test_other_plans_are_refused_and_continued_when_told(train, plans, capsys):
     with pytest.raises(ResumeError, match=r"batch_size 2 -> 1.*add --c.*--restart") as refused:
         train(changes=other)
     assert "initial_lr 0.001 -> 0.01" in str(refused.value)
-    trainer = train(changes=other, told=True)
+    train(changes=other, told=True, asked=0)
     assert "WARNING: --c continues a training that was begun otherwise" in capsys.readouterr().out
+    trainer = train(changes=other)  # told once is enough
     assert (trainer.folder / FINAL).is_file()
 
 
@@ -280,6 +282,19 @@ def test_a_disk_that_takes_no_more_stops_with_words_and_leaves_what_is_there(tra
     assert f"{LATEST} cannot be written" in printed
     assert "Make room" in printed
     monkeypatch.setattr(torch, "save", real)
+    assert (train().folder / FINAL).is_file()
+
+
+def test_a_note_that_cannot_be_written_stops_with_words_too(train, monkeypatch, capsys):
+    def full(folder, progress):
+        raise OSError(errno.ENOSPC, "No space left on device")  # as of a file that is open: without its name
+
+    with monkeypatch.context() as patch:
+        patch.setattr("medmamba.nnunet.watch.write_progress", full)
+        with pytest.raises(SystemExit) as ended:
+            train()
+    assert ended.value.code == 75
+    assert "cannot be written (No space left on device)" in capsys.readouterr().out
     assert (train().folder / FINAL).is_file()
 
 

@@ -15,6 +15,7 @@ from medmamba.inference.reading.geometry import corners_apart
 
 from .case_report import SAME_GRID, CaseReport
 from .finding import Finding
+from .overlay import Overlays
 
 _HIGHEST_LABEL = 65535  # of uint16, the widest type that nnU-Net writes
 
@@ -26,10 +27,12 @@ class LabelCheck:
     Attributes:
         files: label map by id of its case.
         allow_shift: take a label map that lies elsewhere, with a note, when size and spacing are the image's.
+        overlays: draws those that lie elsewhere.
     """
 
     files: Mapping[str, Path]
     allow_shift: bool = False
+    overlays: Overlays | None = None
 
     def __call__(self, report: CaseReport) -> Iterable[Finding]:
         """What is wrong or odd about the label map of a case."""
@@ -40,9 +43,12 @@ class LabelCheck:
             label = read_image(path)
         except Exception as error:
             return [Finding.of_error(error, path.name)]
+        of_grid = _of_grid(report, label, path.name, self.allow_shift)
+        if of_grid and self.overlays is not None:
+            self.overlays.draw(report.case, label)
         return [
             *(Finding.of_note(note, path.name) for note in label.notes),
-            *_of_grid(report, label, path.name, self.allow_shift),
+            *of_grid,
             *_of_values(label.values, path.name),
         ]
 
@@ -61,7 +67,9 @@ def _of_grid(report: CaseReport, label: Image, name: str, allow_shift: bool) -> 
     text = f"a corner lies {apart:.3g} mm from that of the image"
     if allow_shift:
         return [Finding.of("MM-IO-092", f"{text}, as allowed", name)]
-    return [Finding.of("MM-IO-066", f"{text}; look at both in a viewer, then correct it or say --allow-shift", name)]
+    return [
+        Finding.of("MM-IO-066", f"{text}; look at both (--overlays FOLDER), then correct it or say --allow-shift", name)
+    ]
 
 
 def _of_values(values: NDArray[Any], name: str) -> list[Finding]:
