@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from medmamba.files import write_atomically
 from medmamba.nnunet.errors import UserFacingError
+from medmamba.training.saving import save
 
 
 class NonFiniteLossError(UserFacingError, RuntimeError):
@@ -53,7 +53,7 @@ def dump(path: Path, batch: Mapping[str, Any], network: nn.Module, facts: Mappin
         **facts,
     }
     try:
-        write_atomically(path, lambda temporary: torch.save(content, temporary))
+        save(path, content)
     except OSError as error:
         return f"they could not be written to {path} ({os.strerror(error.errno or 0)})"
     return f"they are in {path}"

@@ -175,6 +175,17 @@ def test_a_dump_that_cannot_be_written_does_not_hide_the_reason(trainer, batch):
         trainer.train_step(batch)
 
 
+def test_a_dump_on_a_full_disk_does_not_hide_the_reason(trainer, batch, monkeypatch):
+    def full(content, path):
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
+
+    trainer.initialize()
+    monkeypatch.setattr(torch, "save", full)
+    trainer.loss = lambda output, target: output[0].sum() * float("nan")
+    with pytest.raises(NonFiniteLossError, match=r"gradients are not finite.*could not be written.*No space left"):
+        trainer.train_step(batch)
+
+
 def test_the_cases_are_in_the_batches_of_nnunet(trainer):
     trainer.on_train_start()
     assert len(next(trainer.dataloader_train)["keys"]) == 2

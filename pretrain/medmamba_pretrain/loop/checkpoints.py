@@ -12,13 +12,11 @@ from typing import Any
 import torch
 
 from medmamba.command import CommandError
-from medmamba.files import write_atomically
+from medmamba.training.saving import disk_errors, save
 
 _log = logging.getLogger(__name__)
 _NAME = re.compile(r"checkpoint_(\d{9})\.pt")
 _KEPT = 2
-#: What torch.save says when the disk is full.
-_ABOUT_WRITING = ("PytorchStreamWriter", "unexpected pos")
 
 
 class Checkpoints:
@@ -40,7 +38,7 @@ class Checkpoints:
         """
         path = self._folder / f"checkpoint_{step:09d}.pt"
         with or_stop(path):
-            write_atomically(path, lambda temporary: torch.save({"step": step, **state}, temporary))
+            save(path, {"step": step, **state})
         for old in self._steps()[:-_KEPT]:
             (self._folder / f"checkpoint_{old:09d}.pt").unlink(missing_ok=True)
 
@@ -82,12 +80,10 @@ def or_stop(path: Path) -> Iterator[None]:
         CommandError: the file cannot be written.
     """
     try:
-        yield
-    except (OSError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not any(text in str(error) for text in _ABOUT_WRITING):
-            raise
-        # torch and safetensors say it in words of their own and lose the number of the error.
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).partition("\n")[0]
+        with disk_errors(path):
+            yield
+    except OSError as error:
+        reason = error.strerror or str(error).partition("\n")[0]  # safetensors gives no number of the error
         raise CommandError(
             f"{path} cannot be written ({reason}); make room and give the same command again to continue",
             exit_code=75,
