@@ -95,7 +95,7 @@ def start_lives(folder, raw_cases, load_plans, make_tiny):
 def whole(start_lives) -> dict:
     """Final checkpoint of the training that nobody ended."""
     lives = start_lives("nnUNetWholePlans")
-    lives.start()
+    lives.start(MEDMAMBA_SAVE_MINUTES="15")
     assert lives.end() == 0, lives.log()[-4000:]
     before = (lives.fold / FINAL).read_bytes()
     (lives.fold / "validation" / "summary.json").unlink()
@@ -151,7 +151,7 @@ def test_kills_at_random_moments_lose_nothing(start_lives, whole, kills):
         position, best = reached, now
     assert number == kills - 1, "the training was over before it was killed often enough"
     assert within_a_save > 0
-    lives.start()
+    lives.start(MEDMAMBA_SAVE_MINUTES="15")
     assert lives.end() == 0, lives.log()[-4000:]
     final = read_training(lives.fold / FINAL)
     assert final["current_epoch"] == SCHEDULE["num_epochs"]
@@ -230,4 +230,4 @@ def test_console_commands_train_on_without_c(start_lives, folder):
     printed, _ = process.communicate(timeout=120)
     assert process.returncode == 75, printed[-4000:]
     assert "Continuing from checkpoint_latest.pth" in printed
-    assert "the same command continues there" in printed
+    assert "it is saved; the same command continues" in printed
