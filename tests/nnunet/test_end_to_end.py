@@ -14,8 +14,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-pytestmark = pytest.mark.slow
-
 CASES = ("hippocampus_148", "hippocampus_149", "hippocampus_320", "hippocampus_221")
 PLANS = "nnUNetMedMambaVMUNetSmallPlans"
 
@@ -53,6 +51,7 @@ def planned(folder, raw_cases):
     assert "nnUNetv2_preprocess" not in printed
 
 
+@pytest.mark.slow
 def test_the_prediction_cannot_import_our_trainers(folder):
     with pytest.raises(AssertionError, match=r"medmamba\.nnunet is blocked"):
         folder.run(sys.executable, "-c", "import medmamba.nnunet", trainers="blocked")
@@ -80,8 +79,11 @@ def assert_segmentation(path: Path, like: Path) -> None:
 
 @pytest.mark.parametrize(
     ("trainer", "startup"),
-    [("nnUNetTrainerVMUNet", None), ("nnUNetTrainer", SHORT_STOCK_TRAINING)],
-    ids=["our trainer by name", "our plans alone"],
+    [
+        # What docs/getting-started/your-dataset.md does, and its test runs with every other slow one.
+        pytest.param("nnUNetTrainerVMUNet", None, id="our trainer by name", marks=pytest.mark.nightly),
+        pytest.param("nnUNetTrainer", SHORT_STOCK_TRAINING, id="our plans alone", marks=pytest.mark.slow),
+    ],
 )
 def test_stock_commands_train_and_predict(trainer, startup, planned, folder):
     printed = folder.run(

@@ -116,8 +116,10 @@ def test_reading_in_other_processes_changes_no_bit(whole, corpus, recipe_file, t
     assert same_state(last(tmp_path), last(whole))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("objective", ["mambamim", "autoregressive"])
+@pytest.mark.parametrize(
+    "objective",
+    [pytest.param("mambamim", marks=pytest.mark.slow), pytest.param("autoregressive", marks=pytest.mark.nightly)],
+)
 def test_two_processes_micro_batches_and_one_process_are_the_same_run(corpus, recipe_file, tmp_path, objective):
     """In float64, because Adam makes a step of full length of a gradient that is nothing but rounding."""
     recipe = recipe_file(precision="float64", objective=objective, batch_size=6, horizon=0.3)
