@@ -102,11 +102,16 @@ STEPS_PER_EPOCH = ITERATIONS + VALIDATIONS
 MIDDLE = 2 * STEPS_PER_EPOCH + 2
 #: Before anything is done; within an epoch; with all training of it done; in its validation; between two; at the end.
 PLACES = [0, 1, ITERATIONS, STEPS_PER_EPOCH - 1, STEPS_PER_EPOCH, MIDDLE, EPOCHS * STEPS_PER_EPOCH - 1]
+OFTEN = [0, MIDDLE, STEPS_PER_EPOCH - 1]
 
 
 @pytest.mark.parametrize(
     ("asked", "number"),
-    [*((place, signal.SIGTERM) for place in PLACES), (MIDDLE, signal.SIGUSR1), (MIDDLE, signal.SIGINT)],
+    [
+        *(pytest.param(place, signal.SIGTERM, marks=() if place in OFTEN else pytest.mark.nightly) for place in PLACES),
+        (ITERATIONS, signal.SIGUSR1),
+        (1, signal.SIGINT),
+    ],
 )
 def test_a_training_that_was_asked_to_stop_goes_on_to_the_same_bits(train, tmp_path, asked, number):
     whole = finals(train, tmp_path)
@@ -116,7 +121,7 @@ def test_a_training_that_was_asked_to_stop_goes_on_to_the_same_bits(train, tmp_p
     assert same(read_training(trainer.folder / BEST), read_training(whole / BEST))
 
 
-@pytest.mark.parametrize("workers", ["1", "3"])
+@pytest.mark.parametrize("workers", [pytest.param("1", marks=pytest.mark.nightly), "3"])
 def test_batches_do_not_depend_on_the_processes_that_make_them(train, tmp_path, monkeypatch, workers):
     whole = finals(train, tmp_path)
     monkeypatch.setenv("nnUNet_n_proc_DA", workers)
@@ -149,7 +154,9 @@ def test_checkpoints_come_by_the_clock_too_and_the_one_before_stays(train, tmp_p
     assert there[PREVIOUS] == (2, 2)
 
 
-@pytest.mark.parametrize("damage", ["cut", "flipped", "empty"])
+@pytest.mark.parametrize(
+    "damage", ["flipped", *(pytest.param(name, marks=pytest.mark.nightly) for name in ("cut", "empty"))]
+)
 def test_a_damaged_checkpoint_is_kept_and_the_one_before_is_taken(train, tmp_path, monkeypatch, capsys, damage):
     whole = finals(train, tmp_path)
     monkeypatch.setenv("MEDMAMBA_SAVE_MINUTES", "0")
