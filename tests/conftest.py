@@ -67,3 +67,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     if os.environ.get("MEDMAMBA_REQUIRE_GPU") == "1":
         pytest.fail("MEDMAMBA_REQUIRE_GPU=1 and torch sees no CUDA device", pytrace=False)
     pytest.skip("torch sees no CUDA device")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Pages that are slow come first: one takes as long as half of the other slow tests, which then run beside it."""
+    items.sort(key=lambda item: "test_docs.py" not in item.nodeid or item.get_closest_marker("slow") is None)
