@@ -25,7 +25,7 @@ from torch._dynamo import OptimizedModule
 
 from medmamba.nnunet.batches import close, in_workers, no_workers
 from medmamba.nnunet.rehearsal import rehearse
-from medmamba.nnunet.resume import best_so_far, check_same_training, move_aside, newest
+from medmamba.nnunet.resume import best_so_far, check_same_training, move_aside, newest, remove_leftovers
 from medmamba.nnunet.watch import Watch
 from medmamba.stop import EXIT_INTERRUPTED, StopRequest, exit_when_asked
 from medmamba.training.checkpoints import FINAL, LATEST, PREVIOUS
@@ -114,6 +114,8 @@ class LastingTrainer(nnUNetTrainer):
                 saved, and the same command continues there.
         """
         with StopRequest() as stop, self._stopped_by_a_full_disk():
+            if self.local_rank == 0:
+                remove_leftovers(self.folder)
             if not self._is_loaded:
                 self._continue_or_begin()
             if self.current_epoch >= self.num_epochs and (self.folder / FINAL).is_file():

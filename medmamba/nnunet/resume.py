@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from medmamba.files import temporaries_in
 from medmamba.nnunet.errors import UserFacingError
-from medmamba.training.checkpoints import BEST, NAMES, Candidate, candidate, candidates
+from medmamba.training.checkpoints import BEST, LATEST, NAMES, PREVIOUS, Candidate, candidate, candidates
+from medmamba.training.progress import is_running, read_progress
+from medmamba.training.saving import recover
 from medmamba.training.settings import RESTART
 from medmamba.weights import WeightsError, read_training
 
@@ -35,6 +39,20 @@ def move_aside(folder: Path, log: Log) -> None:
     for path in there:
         path.rename(target / path.name)
     log(f"Beginning anew; what was there ({', '.join(path.name for path in there)}) is in {target}.")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed processes have left of files that they were writing, unless one still trains here.
+
+    Raises:
+        OSError: the folder is not writable.
+    """
+    progress = read_progress(folder)
+    if progress is not None and progress.pid != os.getpid() and is_running(progress):
+        return
+    recover(folder / LATEST, folder / PREVIOUS)
+    for path in temporaries_in(folder):
+        path.unlink(missing_ok=True)
 
 
 def newest(folder: Path, log: Log) -> dict[str, Any] | None:

@@ -42,7 +42,8 @@ def save_in_ring(path: str | os.PathLike[str], previous: str | os.PathLike[str],
         OSError: as :func:`save`; ``path`` and ``previous`` are as they were.
     """
     path, previous = Path(path), Path(previous)
-    waiting = previous.with_name(f".{previous.name}.next.tmp")
+    recover(path, previous)
+    waiting = _waiting(previous)
     waiting.unlink(missing_ok=True)
     with suppress(FileNotFoundError):
         _link(path, waiting)
@@ -56,6 +57,22 @@ def save_in_ring(path: str | os.PathLike[str], previous: str | os.PathLike[str],
         raise
     if waiting.exists():
         waiting.replace(previous)
+
+
+def recover(path: str | os.PathLike[str], previous: str | os.PathLike[str]) -> None:
+    """Give ``path`` its content back where a kill came while it had no name, on file systems without second names.
+
+    Raises:
+        OSError: the folder is not writable.
+    """
+    path, waiting = Path(path), _waiting(Path(previous))
+    if not path.exists() and waiting.exists():
+        waiting.replace(path)
+
+
+def _waiting(previous: Path) -> Path:
+    """What will be ``previous`` once its successor is complete."""
+    return previous.with_name(f".{previous.name}.next.tmp")
 
 
 @contextmanager

@@ -117,6 +117,11 @@ def furthest(fold: Path) -> tuple[int, int]:
     return max((one.position for one in candidates(fold)), default=(0, 0))
 
 
+def halves(fold: Path) -> set[Path]:
+    """Checkpoints that are being written, or were when their process was killed."""
+    return set(fold.glob(".checkpoint_*.tmp"))
+
+
 def best_of(fold: Path) -> float | None:
     """Of a file that has to be whole whenever it is there."""
     if not (fold / BEST).exists():
@@ -132,17 +137,19 @@ def test_kills_at_random_moments_lose_nothing(start_lives, whole, kills):
     lives, draw = start_lives(f"nnUNetKilled{kills}Plans"), random.Random(kills)
     position, best, within_a_save = (0, 0), None, 0
     for number in range(kills):
+        before = halves(lives.fold)
+        assert len(before) <= 2, "what killed lives leave must not pile up"
         pid = lives.start()
         _wait_until(lambda: (lives.fold / "tensorboard").is_dir())
         time.sleep(draw.uniform(0, 1.5))
         if number % 3 == 0:  # inside a save
-            _wait_until(lambda: any(lives.fold.glob(".checkpoint_*.tmp")))
+            _wait_until(lambda before=before: halves(lives.fold) - before)
         os.kill(pid, signal.SIGKILL)
         code = lives.end()
         if code == 0:
             break
         assert code == -signal.SIGKILL
-        within_a_save += any(lives.fold.glob(".checkpoint_*.tmp"))
+        within_a_save += bool(halves(lives.fold) - before)
         assert all(one.problem is None for one in candidates(lives.fold, thorough=True))
         reached = furthest(lives.fold)
         assert reached >= position

@@ -6,6 +6,9 @@ import errno
 import os
 import shutil
 import signal
+import subprocess
+import sys
+import time
 from copy import deepcopy
 from pathlib import Path
 
@@ -13,8 +16,9 @@ import pytest
 import torch
 
 from medmamba.command import CommandError
-from medmamba.nnunet.resume import ResumeError
+from medmamba.nnunet.resume import ResumeError, remove_leftovers
 from medmamba.training.checkpoints import BEST, FINAL, LATEST, PREVIOUS, candidates
+from medmamba.training.progress import Progress, write_progress
 from medmamba.weights import read_training
 
 EPOCHS, ITERATIONS, VALIDATIONS = 4, 3, 2
@@ -290,6 +294,23 @@ def test_a_disk_that_takes_no_more_stops_with_words_and_leaves_what_is_there(tra
     assert "Make room" in printed
     monkeypatch.setattr(torch, "save", real)
     assert (train().folder / FINAL).is_file()
+
+
+def test_what_killed_processes_left_is_removed_unless_one_still_trains(train, tmp_path):
+    folder = train(asked=MIDDLE).folder
+    left = folder / f".{LATEST}.abc.tmp"
+    left.write_bytes(b"half")
+    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    try:
+        time.sleep(0.1)
+        write_progress(folder, Progress(epoch=2, iteration=0, epochs=EPOCHS, state="training", pid=other.pid))
+        remove_leftovers(folder)
+        assert left.exists()
+    finally:
+        other.kill()
+        other.wait()
+    train()
+    assert not left.exists()
 
 
 def test_a_note_that_cannot_be_written_stops_with_words_too(train, monkeypatch, capsys):

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from medmamba.training.saving import save, save_in_ring
+from medmamba.training.saving import recover, save, save_in_ring
 
 SAVER = """
 import sys, torch
@@ -68,6 +68,16 @@ def test_a_full_disk_leaves_both_as_they_are(tmp_path, monkeypatch, has_links):
     assert len(list(tmp_path.iterdir())) == 2
     ring(tmp_path, 4)
     assert numbers(tmp_path) == {"latest.pth": 4, "previous.pth": 2}
+
+
+def test_without_links_a_kill_in_between_loses_nothing(tmp_path):
+    """The file has just lost its name, which the next one is to get."""
+    ring(tmp_path, 0)
+    (tmp_path / "latest.pth").rename(tmp_path / ".previous.pth.next.tmp")
+    recover(tmp_path / "latest.pth", tmp_path / "previous.pth")
+    assert numbers(tmp_path) == {"latest.pth": 0}
+    ring(tmp_path, 1)
+    assert numbers(tmp_path) == {"latest.pth": 1, "previous.pth": 0}
 
 
 def test_a_real_limit_of_file_size_is_a_full_disk(tmp_path):
