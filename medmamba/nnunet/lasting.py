@@ -11,7 +11,6 @@ import errno
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +96,10 @@ class LastingTrainer(nnUNetTrainer):
     @property
     def bare_network(self) -> nn.Module:
         """The network inside DistributedDataParallel and torch.compile."""
-        return unwrapped(self.network)
+        network = self.network
+        if isinstance(network, nn.parallel.DistributedDataParallel):
+            network = network.module
+        return network._orig_mod if isinstance(network, OptimizedModule) else network
 
     @property
     def folder(self) -> Path:
@@ -160,9 +162,7 @@ class LastingTrainer(nnUNetTrainer):
             results = []
             for _ in range(self.num_val_iterations_per_epoch):
                 self._stop_or_save(stop)
-                waiting = self.waiting_to_validate
-                batch = waiting.pop(0) if waiting else next(self.dataloader_val)
-                results.append(self.validation_step(batch))
+                results.append(self.validation_step(_next(self.waiting_to_validate, self.dataloader_val)))
             self.on_validation_epoch_end(results)
         self._watching(Watch.end_of_epoch)
         self.on_epoch_end()
@@ -186,8 +186,7 @@ class LastingTrainer(nnUNetTrainer):
 
     def next_batch(self) -> dict[str, Any]:
         """The next batch to train on."""
-        batch: dict[str, Any] = self.waiting.pop(0) if self.waiting else next(self.dataloader_train)
-        return batch
+        return _next(self.waiting, self.dataloader_train)
 
     @property
     def _place(self) -> int:
@@ -306,7 +305,7 @@ class LastingTrainer(nnUNetTrainer):
         """
         logged = {name: [_plain(value) for value in values[:epoch]] for name, values in self._logged().items()}
         return {
-            "network_weights": unwrapped(self.network).state_dict(),
+            "network_weights": self.bare_network.state_dict(),
             "optimizer_state": self.optimizer.state_dict(),
             "grad_scaler_state": None if self.grad_scaler is None else self.grad_scaler.state_dict(),
             "logging": logged,
@@ -373,7 +372,7 @@ class LastingTrainer(nnUNetTrainer):
 
     def restore(self, content: dict[str, Any]) -> None:
         """Weights, optimizer, place and log of a checkpoint, into a trainer that is initialised."""
-        unwrapped(self.network).load_state_dict(content["network_weights"])
+        self.bare_network.load_state_dict(content["network_weights"])
         self.optimizer.load_state_dict(content["optimizer_state"])
         if self.grad_scaler is not None and content["grad_scaler_state"] is not None:
             self.grad_scaler.load_state_dict(content["grad_scaler_state"])
@@ -387,18 +386,15 @@ class LastingTrainer(nnUNetTrainer):
         self._losses = [np.array(loss) for losses in own for loss in losses]
 
 
-def unwrapped(network: nn.Module) -> nn.Module:
-    """The network inside DistributedDataParallel and torch.compile."""
-    if isinstance(network, nn.parallel.DistributedDataParallel):
-        network = network.module
-    return network._orig_mod if isinstance(network, OptimizedModule) else network
+def _next(waiting: list[dict[str, Any]], loader: Iterator[dict[str, Any]]) -> dict[str, Any]:
+    return waiting.pop(0) if waiting else next(loader)
 
 
 def _plain(value: Any) -> Any:
     """Numbers of NumPy as numbers of Python, with the same value, also in lists."""
     if isinstance(value, list | tuple):
         return [_plain(one) for one in value]
-    return value.item() if isinstance(value, np.generic) else copy(value)
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _from_first(seed: int) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from medmamba.command import CommandError
-from medmamba.training.settings import REHEARSAL, RESTART, SAVE_MINUTES, SEED
+from medmamba.training.settings import REHEARSAL, RESTART, SAVE_MINUTES, SEED, minutes_from, seed_from
 
 #: What goes before the help of nnU-Net's command.
 HELP = f"""medmamba train takes what nnUNetv2_train takes, see below, and
@@ -28,38 +28,25 @@ def take(arguments: Sequence[str]) -> list[str]:
     """
     parser = _Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("--restart", action="store_true")
-    parser.add_argument("--seed", type=_whole)
-    parser.add_argument("--save-minutes", type=_minutes)
+    parser.add_argument("--seed", metavar="N")
+    parser.add_argument("--save-minutes", metavar="M")
     parser.add_argument("--no-rehearsal", action="store_true")
     ours, others = parser.parse_known_args(list(arguments))
     if ours.restart and "--c" in others:
         raise CommandError("--restart begins anew and --c continues; leave one of them out")
-    chosen = {
-        RESTART: "1" if ours.restart else None,
-        SEED: ours.seed,
-        SAVE_MINUTES: ours.save_minutes,
-        REHEARSAL: "0" if ours.no_rehearsal else None,
-    }
-    os.environ.update({name: str(value) for name, value in chosen.items() if value is not None})
+    chosen: dict[str, str] = {}
+    if ours.restart:
+        chosen[RESTART] = "1"
+    if ours.seed is not None:
+        chosen[SEED] = str(seed_from("--seed", ours.seed))
+    if ours.save_minutes is not None:
+        chosen[SAVE_MINUTES] = str(minutes_from("--save-minutes", ours.save_minutes))
+    if ours.no_rehearsal:
+        chosen[REHEARSAL] = "0"
+    os.environ.update(chosen)
     return others
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
         raise CommandError(message)
-
-
-def _whole(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of 0 or more")
-    return int(text)
-
-
-def _minutes(text: str) -> float:
-    try:
-        minutes = float(text)
-    except ValueError:
-        minutes = -1.0
-    if not minutes >= 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of minutes, 0 or more")
-    return minutes

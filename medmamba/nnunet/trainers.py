@@ -27,7 +27,7 @@ from torch import nn
 from medmamba.nnunet import optimisation
 from medmamba.nnunet.architecture import ArchitectureError, architecture_block, check_patch, network_of
 from medmamba.nnunet.guard import NonFiniteGradientsError, NonFiniteLossError, dump, refuse_non_finite_gradients
-from medmamba.nnunet.lasting import LastingTrainer, unwrapped
+from medmamba.nnunet.lasting import LastingTrainer
 from medmamba.nnunet.names import TRAINER_VARIANTS, TrainerVariant, trainer_name
 from medmamba.nnunet.schedule import Schedule
 from medmamba_kernels import BadStepError
@@ -104,7 +104,7 @@ class MambaTrainer(LastingTrainer):
             initial_lr=self.initial_lr,
             weight_decay=self.weight_decay,
         )
-        optimizer, lr_scheduler = optimisation.configure(unwrapped(self.network), schedule)
+        optimizer, lr_scheduler = optimisation.configure(self.bare_network, schedule)
         optimizer.register_step_pre_hook(self._look_at_gradients)
         return optimizer, lr_scheduler
 
@@ -145,7 +145,7 @@ class MambaTrainer(LastingTrainer):
         where = f"epoch_{self.current_epoch}_iteration_{self.iteration}_rank_{self.local_rank}"
         facts = {"epoch": self.current_epoch, "iteration": self.iteration, "schedule": self.schedule.to_dict()}
         path = Path(self.output_folder) / f"not_finite_{where}.pth"
-        written = dump(path, batch, unwrapped(self.network), facts)
+        written = dump(path, batch, self.bare_network, facts)
         return NonFiniteLossError(
             f"{what} at epoch {self.current_epoch}, iteration {self.iteration} "
             f"(cases {', '.join(map(str, batch.get('keys', ['unknown'])))}); training stops before the weights change, "

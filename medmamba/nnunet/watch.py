@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,14 +17,13 @@ from medmamba.diagnostics import measure_step_sizes
 from medmamba.inference.machine import peak_bytes
 from medmamba.training.board import Board
 from medmamba.training.live import LiveLine
-from medmamba.training.progress import Progress, State, write_progress
+from medmamba.training.progress import Progress, State, best_of, seconds_per_epoch, write_progress
 
 if TYPE_CHECKING:
     from medmamba.nnunet.lasting import LastingTrainer
 
 #: Epochs between two looks at scans and segmentations.
 LOOK_EVERY = 10
-_LATEST_EPOCHS = 10
 _GIB = 2**30
 
 
@@ -125,16 +123,15 @@ class Watch:
 def progress_of(trainer: LastingTrainer, state: State) -> Progress:
     """How far a training is."""
     logged = trainer.logger.get_checkpoint()
-    averages = [float(value) for value in logged["ema_fg_dice"]]
-    times = [end - start for start, end in zip(logged["epoch_start_timestamps"], logged["epoch_end_timestamps"])]  # noqa: B905
+    best_dice, best_epoch = best_of([float(value) for value in logged["ema_fg_dice"]])
     return Progress(
         epoch=trainer.current_epoch,
         iteration=trainer.iteration,
         epochs=trainer.num_epochs,
         state=state,
-        best_dice=max(averages, default=None),
-        best_epoch=int(np.argmax(averages)) if averages else None,
-        seconds_per_epoch=statistics.median(times[-_LATEST_EPOCHS:]) if times else None,
+        best_dice=best_dice,
+        best_epoch=best_epoch,
+        seconds_per_epoch=seconds_per_epoch(logged["epoch_start_timestamps"], logged["epoch_end_timestamps"]),
         iterations=trainer.num_iterations_per_epoch,
         seed=trainer.seed,
     )

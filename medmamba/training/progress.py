@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import socket
+import statistics
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 from medmamba.files import write_json
 
 _log = logging.getLogger(__name__)
 
 NAME = "progress.json"
+#: Epochs whose median is the time per epoch.
+_LATEST = 10
 State = Literal["training", "stopped", "finished"]
 #: Seconds by which the clock of the system and that of its processes may differ.
 _CLOCK_SLACK_S = 5.0
@@ -79,6 +84,24 @@ _TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("state", "saved_at", "host"), (str,)),
     **_OPTIONAL,
 }
+
+
+def best_of(averages: Sequence[object]) -> tuple[float | None, int | None]:
+    """Highest finite value of a curve, and its epoch, the first of equals; None twice where there is none."""
+    found = [(float(value), -epoch) for epoch, value in enumerate(averages) if is_finite(value)]
+    value, epoch = max(found, default=(None, None))
+    return value, None if epoch is None else -epoch
+
+
+def seconds_per_epoch(starts: Sequence[object], ends: Sequence[object]) -> float | None:
+    """Median of the latest epochs that are complete; None before the first."""
+    seconds = [end - start for start, end in zip(starts, ends, strict=False) if is_finite(start) and is_finite(end)]
+    return statistics.median(seconds[-_LATEST:]) if seconds else None
+
+
+def is_finite(value: object) -> TypeGuard[float]:
+    """Whether it is a number that a person can read something from."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def write_progress(folder: Path, progress: Progress) -> None:

@@ -29,11 +29,7 @@ def seed_of_new_training() -> int:
         CommandError: it is no whole number of 0 or more.
     """
     text = _text(SEED)
-    if not text:
-        return secrets.randbits(63)
-    if not text.isdecimal():
-        raise CommandError(f"{SEED}={text!r} is no whole number of 0 or more")
-    return int(text)
+    return seed_from(SEED, text) if text else secrets.randbits(63)
 
 
 def minutes_between_saves() -> float:
@@ -43,13 +39,7 @@ def minutes_between_saves() -> float:
         CommandError: it is no number of 0 or more.
     """
     text = _text(SAVE_MINUTES)
-    try:
-        minutes = float(text or _DEFAULT_MINUTES)
-    except ValueError:
-        minutes = -1.0
-    if not minutes >= 0:
-        raise CommandError(f"{SAVE_MINUTES}={text!r} is no number of minutes, 0 or more")
-    return minutes
+    return minutes_from(SAVE_MINUTES, text) if text else _DEFAULT_MINUTES
 
 
 def wants_rehearsal() -> bool:
@@ -65,6 +55,32 @@ def wants_restart(log: Callable[[str], None]) -> bool:
         log(f"{RESTART} is ignored: this job was requeued, it continues.")
         return False
     return True
+
+
+def seed_from(name: str, text: str) -> int:
+    """A seed as somebody wrote it for the variable or option ``name``.
+
+    Raises:
+        CommandError: it is no whole number of 0 or more.
+    """
+    if not text.isdecimal():
+        raise CommandError(f"{name}={text!r} is no whole number of 0 or more")
+    return int(text)
+
+
+def minutes_from(name: str, text: str) -> float:
+    """Minutes as somebody wrote them for the variable or option ``name``.
+
+    Raises:
+        CommandError: it is no number of 0 or more.
+    """
+    try:
+        minutes = float(text)
+    except ValueError:
+        minutes = -1.0
+    if not minutes >= 0:
+        raise CommandError(f"{name}={text!r} is no number of minutes, 0 or more")
+    return minutes
 
 
 def _text(name: str) -> str:

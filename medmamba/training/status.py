@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 import shutil
-import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 from medmamba.training.checkpoints import FINAL, NAMES, Candidate, candidates
 from medmamba.training.progress import NAME as PROGRESS
-from medmamba.training.progress import Progress, is_running, read_progress
+from medmamba.training.progress import Progress, best_of, is_finite, is_running, read_progress, seconds_per_epoch
 from medmamba.weights import WeightsError, read_training
 
 _FOLD = re.compile(r"fold_(\d+|all)")
-#: Epochs whose median is the time per epoch, where only nnU-Net's log says it.
-_LATEST = 10
 
 
 @dataclass(frozen=True)
@@ -158,23 +154,19 @@ def _state(progress: Progress | None, *, is_finished: bool, runs: bool | None) -
 
 
 def _best(content: Mapping[str, Any], latest: Progress | None) -> tuple[float | None, int | None]:
-    curve = _log(content, "ema_fg_dice")
-    found = [(value, epoch) for epoch, value in enumerate(curve) if _is_number(value)]
-    if latest is not None and latest.best_dice is not None and _is_number(latest.best_dice):
-        found.append((latest.best_dice, latest.best_epoch if latest.best_epoch is not None else -1))
-    if not found:
-        return None, None
+    found = [best_of(_log(content, "ema_fg_dice"))]
+    if latest is not None and is_finite(latest.best_dice):
+        found.append((latest.best_dice, latest.best_epoch))
+    best = max((value for value, _ in found if value is not None), default=None)
     # Of equal values the one whose epoch is known, and of these the first: it made checkpoint_best.
-    best = max(value for value, _ in found)
-    return best, min((epoch for value, epoch in found if value == best and epoch >= 0), default=None)
+    epochs = [epoch for value, epoch in found if value == best and epoch is not None]
+    return best, min(epochs, default=None)
 
 
 def _seconds_per_epoch(content: Mapping[str, Any], latest: Progress | None) -> float | None:
     if latest is not None and latest.seconds_per_epoch is not None:
         return latest.seconds_per_epoch
-    times = zip(_log(content, "epoch_start_timestamps"), _log(content, "epoch_end_timestamps"), strict=False)
-    seconds = [end - start for start, end in times if _is_number(start) and _is_number(end)]
-    return statistics.median(seconds[-_LATEST:]) if seconds else None
+    return seconds_per_epoch(_log(content, "epoch_start_timestamps"), _log(content, "epoch_end_timestamps"))
 
 
 def _eta_s(
@@ -214,7 +206,7 @@ def _trainer(content: Mapping[str, Any]) -> str | None:
 def _validation_dice(folder: Path) -> float | None:
     summary = {"summary": _json(folder / "validation" / "summary.json")}
     dice = _mapping(_mapping(summary, "summary"), "foreground_mean").get("Dice")
-    return float(dice) if _is_number(dice) else None
+    return float(dice) if is_finite(dice) else None
 
 
 def _size_bytes(folder: Path) -> int:
@@ -242,7 +234,3 @@ def _log(content: Mapping[str, Any], key: str) -> list[Any]:
 def _mapping(content: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     value = content.get(key)
     return value if isinstance(value, Mapping) else {}
-
-
-def _is_number(value: object) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -175,6 +175,20 @@ def make_tiny() -> Callable[[Mapping[str, Any]], dict[str, Any]]:
     return tiny
 
 
+@pytest.fixture(scope="session")
+def plans_to_train(load_plans) -> Callable[..., list[dict[str, Any]]]:
+    """Tiny plans of ours with a schedule, one for each name: trainings of the small dataset in processes."""
+
+    def make(schedule: Mapping[str, Any], *names: str) -> list[dict[str, Any]]:
+        stock = load_plans("isotropic")
+        stock["configurations"]["3d_fullres"].update(patch_size=[16, 16, 16], batch_size=2)
+        plans = tiny(stock)
+        plans["medmamba"]["schedule"] = dict(schedule)
+        return [{**plans, "plans_name": name} for name in names]
+
+    return make
+
+
 @pytest.fixture
 def tiny_plans(stock_plans) -> dict[str, Any]:
     """Plans of ours for the small dataset: a tiny VM-UNet and one epoch of two iterations."""

@@ -72,14 +72,10 @@ class Lives:
 
 
 @pytest.fixture(scope="module")
-def start_lives(folder, raw_cases, load_plans, make_tiny):
+def start_lives(folder, raw_cases, plans_to_train):
     """Lives of a training of its own, by the name of its plans."""
-    stock = load_plans("isotropic")
-    stock["configurations"]["3d_fullres"].update(patch_size=[16, 16, 16], batch_size=2)
-    plans = make_tiny(stock)
-    plans["medmamba"]["schedule"] = SCHEDULE
     names = ("nnUNetWholePlans", "nnUNetKilled8Plans", "nnUNetKilled30Plans", "nnUNetAskedPlans", "nnUNetFullPlans")
-    folder.add_dataset(raw_cases, [{**plans, "plans_name": name} for name in names])
+    folder.add_dataset(raw_cases, plans_to_train(SCHEDULE, *names))
     started = []
 
     def start(name: str) -> Lives:

@@ -23,12 +23,8 @@ SCHEDULE = {
 
 
 @pytest.fixture(scope="module")
-def prepared(folder, raw_cases, load_plans, make_tiny):
-    stock = load_plans("isotropic")
-    stock["configurations"]["3d_fullres"].update(patch_size=[16, 16, 16], batch_size=2)
-    plans = make_tiny(stock)
-    plans["medmamba"]["schedule"] = SCHEDULE
-    folder.add_dataset(raw_cases, [{**plans, "plans_name": name} for name in ("WholePlans", "AskedPlans")])
+def prepared(folder, raw_cases, plans_to_train):
+    folder.add_dataset(raw_cases, plans_to_train(SCHEDULE, "WholePlans", "AskedPlans"))
     return folder
 
 
