@@ -2,7 +2,8 @@
 
 A *core* maps (B, L, C) tokens of a (D, H, W) grid to tokens of the same shape. Every network with scans takes the
 name of a core as ``ssm_mode``, so each has its controls: the same network with the scan replaced. A core is built
-from ``(width, *, d_state, dt_rank, routes, kernel_size, dt_range=None, fusion=None)`` and takes what it needs.
+from ``(width, *, d_state, dt_rank, routes, kernel_size, dt_range=None, fusion=None)`` and options of its own with
+defaults, and takes what it needs.
 
 Its forward is ``(u, grid, *, mask=None)``. With a ``mask``, (B, L) bool and True for tokens that take part, the others
 are not read and their result is 0. To a scan it is as if they had been cut out of every route; the segments of a route
@@ -15,8 +16,10 @@ from __future__ import annotations
 
 from torch import nn
 
+from .attention import AttentionCore
 from .controls import DepthwiseCore, LTICore, ShuffledCore, WindowedCore
 from .fusion import GatedFusion, rescaled_threshold
+from .global_conv import GlobalConvCore
 from .heads import MultiHeadCore
 from .identity import IdentityCore
 from .mamba import Mamba, MambaLayer
@@ -24,13 +27,18 @@ from .placed import PlacedScan, initialise_step_sizes, placed_scans
 from .scan import ScanCore
 
 CORES: dict[str, type[nn.Module]] = {
+    "attention": AttentionCore,
     "dwconv": DepthwiseCore,
+    "global_conv": GlobalConvCore,
     "identity": IdentityCore,
     "lti": LTICore,
     "scan": ScanCore,
     "shuffled": ShuffledCore,
     "windowed": WindowedCore,
 }
+
+#: Cores that stand for the scan in a comparison, with its number of parameters (``identity`` has none to match).
+CONTROLS = ("dwconv", "identity", "lti", "shuffled", "windowed")
 
 
 def get_core(name: str) -> type[nn.Module]:
@@ -45,9 +53,12 @@ def get_core(name: str) -> type[nn.Module]:
 
 
 __all__ = [
+    "CONTROLS",
     "CORES",
+    "AttentionCore",
     "DepthwiseCore",
     "GatedFusion",
+    "GlobalConvCore",
     "IdentityCore",
     "LTICore",
     "Mamba",

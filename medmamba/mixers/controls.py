@@ -129,7 +129,12 @@ class DepthwiseCore(nn.Module):
     (7 for six routes of 16 states in 3D, 5 for one state); what is left goes into a linear map of low rank.
 
     Args: those of :class:`medmamba.mixers.scan.ScanCore`; ``kernel_size`` says which axes there are. There is nothing
-        to fuse: one convolution stands for all routes.
+        to fuse: one convolution stands for all routes. And:
+        size: k, odd, along every axis that the network's convolutions have here, and no linear map: a plain depthwise
+            convolution instead of one with the scan's number of parameters.
+
+    Raises:
+        ValueError: an even ``size``, or one below 1.
     """
 
     def __init__(
@@ -142,21 +147,26 @@ class DepthwiseCore(nn.Module):
         kernel_size: Sequence[int] = (3, 3, 3),
         dt_range: DtRange = None,
         fusion: Callable[[Tensor], Tensor] | None = None,
+        size: int | None = None,
     ):
         super().__init__()
         budget = scan_parameters(width, d_state, dt_rank, len(resolve_routes(routes)))
         self.axes = len(kernel_size)
-        spanned = sum(size > 1 for size in kernel_size)
-        k = 1
-        while spanned and (k + 2) ** spanned + 1 <= budget // width:
+        spanned = sum(each > 1 for each in kernel_size)
+        if size is not None and size < 1:
+            raise ValueError(f"size of the depthwise convolution must be 1 or more, got {size}")
+        k = size or 1
+        while size is None and spanned and (k + 2) ** spanned + 1 <= budget // width:
             k += 2
-        self.conv = conv(width, width, [k if size > 1 else 1 for size in kernel_size], groups=width)
-        self.top_up = _low_rank(width, budget - sum(p.numel() for p in self.conv.parameters()))
+        self.conv = conv(width, width, [k if each > 1 else 1 for each in kernel_size], groups=width)
+        own = sum(p.numel() for p in self.conv.parameters())
+        self.top_up = _low_rank(width, budget - own if size is None else 0)
 
     def forward(self, u: Tensor, grid: tuple[int, int, int], *, mask: Tensor | None = None) -> Tensor:
         """(B, L, E) tokens in the raster order of ``grid`` -> (B, L, E); ``mask``: see :mod:`medmamba.mixers`."""
         u = keep(u, mask)
         batch, _, width = u.shape
+        # A view: tokens are a volume in torch's channels-last format, in which depthwise convolutions are fastest.
         volume = u.mT.reshape(batch, width, *grid[-self.axes :])
         return keep(self.conv(volume).flatten(2).mT + self.top_up(u), mask)
 

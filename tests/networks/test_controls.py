@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from medmamba.mixers import CORES, DepthwiseCore, LTICore, ScanCore, ShuffledCore, WindowedCore, get_core
+from medmamba.mixers import CONTROLS, DepthwiseCore, LTICore, ScanCore, ShuffledCore, WindowedCore, get_core
 from medmamba.mixers.controls import WINDOW, scan_parameters
 from medmamba.networks import create_network
 from medmamba_kernels import resolve_routes
 
 GRID = (3, 4, 5)
 ARGUMENTS = {"d_state": 4, "dt_rank": 2, "routes": "raster6"}
-MATCHED = sorted(set(CORES) - {"identity"})
+MATCHED = sorted({"scan", *CONTROLS} - {"identity"})
 
 
 def make(name: str, **changes) -> torch.nn.Module:
@@ -117,6 +117,34 @@ def test_dwconv_sees_its_kernel_and_no_further():
     distance = [max(abs(a - b) for a, b in zip(torch.unravel_index(i, GRID), (1, 1, 2), strict=True)) for i in changed]
     assert len(changed) == 27
     assert max(distance) == 1
+
+
+@pytest.mark.parametrize("size", [3, 5])
+@pytest.mark.parametrize("kernel_size", [(3, 3, 3), (1, 3, 3), (3, 3)], ids=str)
+def test_dwconv_of_a_size_is_that_convolution_and_nothing_else(size, kernel_size):
+    core = make("dwconv", kernel_size=kernel_size, size=size)
+    assert core.conv.kernel_size == tuple(size if each > 1 else 1 for each in kernel_size)
+    assert [key for key, _ in core.named_parameters()] == ["conv.weight", "conv.bias"]
+    grid = (3, 4, 5) if len(kernel_size) == 3 else (1, 12, 5)
+    volume = tokens(1).mT.reshape(2, 6, *grid[-len(kernel_size) :])
+    torch.testing.assert_close(core(tokens(1), grid), core.conv(volume.contiguous()).flatten(2).mT)
+
+
+@pytest.mark.parametrize(("size", "message"), [(0, "size .* 1 or more, got 0"), (4, "must be odd")])
+def test_dwconv_refuses_sizes_without_a_centre(size, message):
+    with pytest.raises(ValueError, match=message):
+        make("dwconv", size=size)
+
+
+def test_dwconv_reads_tokens_as_they_lie():
+    core = make("dwconv", size=3)
+    seen = []
+    core.conv.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    u = tokens(1)
+    core(u, GRID)
+    (volume,) = seen
+    assert volume.data_ptr() == u.data_ptr()
+    assert volume.is_contiguous(memory_format=torch.channels_last_3d)
 
 
 @pytest.mark.parametrize("core", [LTICore, DepthwiseCore])

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from medmamba.layers import DropPath, parameter_groups
-from medmamba.mixers import CORES, placed_scans
+from medmamba.mixers import CONTROLS, placed_scans
 from medmamba.networks import NETWORKS, create_network, get_spec
 from medmamba.networks.unet import total_strides
 
@@ -33,7 +33,7 @@ CASES = [(name, "native", plan) for name in NETWORKS for plan in PLANS]
 CASES += [(name, "faithful", plan) for name in NETWORKS for plan in FAITHFUL_PLANS]
 
 
-MODES = [(*case, mode) for case in CASES for mode in (sorted(CORES) if NETWORKS[case[0]].has_scans else [None])]
+MODES = [(*case, mode) for case in CASES for mode in (["scan", *CONTROLS] if NETWORKS[case[0]].has_scans else [None])]
 
 
 def tiny(name: str, **kwargs):

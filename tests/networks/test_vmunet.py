@@ -275,5 +275,5 @@ def test_contradicting_arguments_are_named(name):
 
 
 def test_an_unknown_control_names_the_known_ones():
-    with pytest.raises(KeyError, match="no ssm_mode 'none'; known: dwconv, identity, lti, scan"):
+    with pytest.raises(KeyError, match=r"no ssm_mode 'none'; known: .*identity, .*scan"):
         create_network("vmunet", 1, 2, strides=SIX_STAGES, ssm_mode="none")

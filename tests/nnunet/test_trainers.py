@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from medmamba.mixers import CORES
+from medmamba.mixers import CONTROLS, CORES
 from medmamba.networks import NETWORKS
 from medmamba.nnunet.architecture import ArchitectureError, network_of
 from medmamba.nnunet.guard import NonFiniteLossError
@@ -45,8 +45,8 @@ def test_names_and_classes_agree():
 
 def test_every_network_and_every_control_has_a_trainer():
     modes = {(variant.network, variant.ssm_mode) for variant in TRAINER_VARIANTS.values()}
-    controls = [None, *(mode for mode in CORES if mode != "scan")]
-    assert modes == {(n, mode) for n, spec in NETWORKS.items() for mode in (controls if spec.has_scans else [None])}
+    replaced = [None, *CONTROLS]
+    assert modes == {(n, mode) for n, spec in NETWORKS.items() for mode in (replaced if spec.has_scans else [None])}
 
 
 @pytest.mark.parametrize("plans", ["stock_plans", "tiny_plans"])

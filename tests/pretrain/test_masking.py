@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from medmamba.layers import FeedForward, InstanceGroupNorm, LargeKernelExpand, PatchMerge
-from medmamba.mixers import CORES, GatedFusion, MultiHeadCore, get_core
+from medmamba.mixers import CONTROLS, CORES, GatedFusion, MultiHeadCore, get_core
 from medmamba.mixers.mamba import MambaDirection
 from medmamba.networks import NETWORKS, create_network
 from medmamba_kernels import resolve_routes
@@ -41,7 +41,7 @@ PLANS = {
 }
 NETWORK_CASES = [(name, *plan) for name in NETWORKS for plan in PLANS]
 MODE_CASES = [
-    (*case, mode) for case in NETWORK_CASES for mode in (sorted(CORES) if NETWORKS[case[0]].has_scans else [None])
+    (*case, mode) for case in NETWORK_CASES for mode in (["scan", *CONTROLS] if NETWORKS[case[0]].has_scans else [None])
 ]
 every_network = pytest.mark.parametrize(("name", "geometry", "kind"), NETWORK_CASES)
 every_mode = pytest.mark.parametrize(("name", "geometry", "kind", "mode"), MODE_CASES)
