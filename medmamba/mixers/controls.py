@@ -25,6 +25,7 @@ from medmamba_kernels.routes import Route
 
 from .mask import keep
 from .scan import DtRange, ScanCore, inverse_softplus_of_log_uniform
+from .volume import as_tokens, as_volume
 
 #: Tokens between two resets of the windowed scan: fewer than the median state remembers at initialisation (15).
 WINDOW = 8
@@ -165,10 +166,7 @@ class DepthwiseCore(nn.Module):
     def forward(self, u: Tensor, grid: tuple[int, int, int], *, mask: Tensor | None = None) -> Tensor:
         """(B, L, E) tokens in the raster order of ``grid`` -> (B, L, E); ``mask``: see :mod:`medmamba.mixers`."""
         u = keep(u, mask)
-        batch, _, width = u.shape
-        # A view: tokens are a volume in torch's channels-last format, in which depthwise convolutions are fastest.
-        volume = u.mT.reshape(batch, width, *grid[-self.axes :])
-        return keep(self.conv(volume).flatten(2).mT + self.top_up(u), mask)
+        return keep(as_tokens(self.conv(as_volume(u, grid, self.axes))) + self.top_up(u), mask)
 
 
 def scan_parameters(width: int, d_state: int, dt_rank: int, routes: int) -> int:
