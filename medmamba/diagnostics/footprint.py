@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from medmamba.mixers import ScanCore
+from medmamba.mixers import RoutedScan
 from medmamba_kernels.backends import assume_backend
 
 #: Where a training runs: on GPUs in bfloat16 with the Triton scan; on CPUs in float32 with the scan of this machine.
@@ -141,7 +141,7 @@ class _Kept:
         self.running: list[nn.Module] = []
         self.hooks = []
         for module in network.modules():
-            if isinstance(module, ScanCore):
+            if isinstance(module, RoutedScan):
                 self.hooks.append(module.register_forward_pre_hook(lambda scan, _: self.running.append(scan)))
                 self.hooks.append(module.register_forward_hook(lambda *_: self.running.clear()))
 

@@ -16,7 +16,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
-from medmamba.mixers import ScanCore
+from medmamba.mixers import RoutedScan
 from medmamba_kernels.backends import assume_backend
 
 SCAN_FLOP = 9  # per token, channel, state and route
@@ -45,7 +45,7 @@ def operations(network: nn.Module, input_channels: int, patch_size: Sequence[int
     started, inside = [], []
     hooks = []
     for module in network.modules():
-        if isinstance(module, ScanCore):
+        if isinstance(module, RoutedScan):
             hooks.append(module.register_forward_pre_hook(lambda *_: started.append(counter.get_total_flops())))
             hooks.append(module.register_forward_hook(lambda *_: inside.append(counter.get_total_flops())))
     meta = {

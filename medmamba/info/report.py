@@ -19,7 +19,7 @@ from medmamba.diagnostics import (
     step_sizes,
 )
 from medmamba.info.subject import Subject
-from medmamba.mixers import PlacedScan, ScanCore, placed_scans
+from medmamba.mixers import PlacedScan, RoutedScan, placed_scans
 from medmamba.mixers.timescale import RouteLengths, route_lengths
 from medmamba_kernels import ROUTE_SETS
 
@@ -53,7 +53,12 @@ def scans_of(subject: Subject, *, measure: bool = False) -> list[ScanInfo]:
         noise = torch.randn(1, subject.input_channels, *subject.patch_size, generator=torch.Generator().manual_seed(0))
         decays = measure_step_sizes(network, noise)
     else:
-        decays = step_sizes(network.state_dict())
+        sets = step_sizes(network.state_dict())
+        decays = {
+            name: StepSizes(core.per_route(sets[name].dt), core.per_route(sets[name].A))
+            for name, core in network.named_modules()
+            if isinstance(core, RoutedScan)
+        }
     return [
         ScanInfo(scan, decays[scan.name], tuple(route_lengths(route, scan.grid) for route in scan.core.routes))
         for scan in placed_scans(network, subject.input_channels, subject.patch_size)
@@ -63,7 +68,7 @@ def scans_of(subject: Subject, *, measure: bool = False) -> list[ScanInfo]:
 def heading(subject: Subject, scans: Sequence[ScanInfo]) -> str:
     """What was looked at, and what it costs: parameters, work and memory, all and those of the scans."""
     total = sum(parameter.numel() for parameter in subject.network.parameters())
-    cores = [module for module in subject.network.modules() if isinstance(module, ScanCore)]
+    cores = [module for module in subject.network.modules() if isinstance(module, RoutedScan)]
     scanned = sum(parameter.numel() for core in cores for parameter in core.parameters())
     spacing = "" if subject.spacing is None else f" at {_times(f'{mm:.3g}' for mm in subject.spacing)} mm"
     return (

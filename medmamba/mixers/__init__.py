@@ -24,6 +24,7 @@ from .heads import MultiHeadCore
 from .identity import IdentityCore
 from .mamba import Mamba, MambaLayer
 from .placed import PlacedScan, initialise_step_sizes, placed_scans
+from .routed import RoutedScan
 from .scan import ScanCore
 
 CORES: dict[str, type[nn.Module]] = {
@@ -65,6 +66,7 @@ __all__ = [
     "MambaLayer",
     "MultiHeadCore",
     "PlacedScan",
+    "RoutedScan",
     "ScanCore",
     "ShuffledCore",
     "WindowedCore",

@@ -24,7 +24,8 @@ from medmamba_kernels import resolve_routes, selective_scan
 from medmamba_kernels.routes import Route
 
 from .mask import keep
-from .scan import DtRange, ScanCore, inverse_softplus_of_log_uniform
+from .scan import ScanCore
+from .step_sizes import DtRange, inverse_softplus_of_log_uniform
 from .volume import as_tokens, as_volume
 
 #: Tokens between two resets of the windowed scan: fewer than the median state remembers at initialisation (15).

@@ -12,7 +12,7 @@ from torch.func import functional_call
 
 from medmamba_kernels.routes import Grid
 
-from .scan import ScanCore
+from .routed import RoutedScan
 from .timescale import route_dt_range
 
 
@@ -27,7 +27,7 @@ class PlacedScan:
     """
 
     name: str
-    core: ScanCore
+    core: RoutedScan
     grid: Grid
 
 
@@ -46,10 +46,10 @@ def placed_scans(network: nn.Module, input_channels: int, patch_size: Sequence[i
     """
     found: list[PlacedScan] = []
 
-    def record(name: str, core: ScanCore) -> Any:
+    def record(name: str, core: RoutedScan) -> Any:
         return core.register_forward_pre_hook(lambda _, inputs: found.append(PlacedScan(name, core, inputs[1])))
 
-    hooks = [record(name, module) for name, module in network.named_modules() if isinstance(module, ScanCore)]
+    hooks = [record(name, module) for name, module in network.named_modules() if isinstance(module, RoutedScan)]
     meta: dict[str, Tensor] = {
         name: tensor.detach().to("meta") for name, tensor in (*network.named_parameters(), *network.named_buffers())
     }
@@ -91,7 +91,7 @@ def initialise_step_sizes(
         return
     if not isinstance(dt_init, Mapping):
         for module in network.modules():
-            if isinstance(module, ScanCore):
+            if isinstance(module, RoutedScan):
                 module.reset_step_sizes(dt_init, generator=generator)
         return
     unknown = set(dt_init) - {"patch_size", "spacing", "reach_mm"}
