@@ -21,20 +21,28 @@ from .controls import DepthwiseCore, LTICore, ShuffledCore, WindowedCore
 from .fusion import GatedFusion, rescaled_threshold
 from .global_conv import GlobalConvCore
 from .heads import MultiHeadCore
+from .hsm_ssd import HiddenStateMixerCore
 from .identity import IdentityCore
 from .mamba import Mamba, MambaLayer
+from .nc_ssd import NonCausalCore
 from .placed import PlacedScan, initialise_step_sizes, placed_scans
 from .routed import RoutedScan
 from .scan import ScanCore
+from .spatial import SpatialCore
+from .ssd import SSDCore
 
 CORES: dict[str, type[nn.Module]] = {
     "attention": AttentionCore,
     "dwconv": DepthwiseCore,
     "global_conv": GlobalConvCore,
+    "hsm_ssd": HiddenStateMixerCore,
     "identity": IdentityCore,
     "lti": LTICore,
+    "nc_ssd": NonCausalCore,
     "scan": ScanCore,
     "shuffled": ShuffledCore,
+    "spatial": SpatialCore,
+    "ssd": SSDCore,
     "windowed": WindowedCore,
 }
 
@@ -60,15 +68,19 @@ __all__ = [
     "DepthwiseCore",
     "GatedFusion",
     "GlobalConvCore",
+    "HiddenStateMixerCore",
     "IdentityCore",
     "LTICore",
     "Mamba",
     "MambaLayer",
     "MultiHeadCore",
+    "NonCausalCore",
     "PlacedScan",
     "RoutedScan",
+    "SSDCore",
     "ScanCore",
     "ShuffledCore",
+    "SpatialCore",
     "WindowedCore",
     "get_core",
     "initialise_step_sizes",

@@ -39,10 +39,13 @@ PLANS = {
     ("faithful", "volume"): ([[1, 1, 1], [1, 4, 4], [2, 2, 2]], (3, 2, 3)),
     ("faithful", "image"): ([[1, 1], [4, 4], [1, 2]], (5, 3)),
 }
+OTHERS = sorted(set(CORES) - {"scan", *CONTROLS})
 NETWORK_CASES = [(name, *plan) for name in NETWORKS for plan in PLANS]
 MODE_CASES = [
     (*case, mode) for case in NETWORK_CASES for mode in (["scan", *CONTROLS] if NETWORKS[case[0]].has_scans else [None])
 ]
+#: What else may stand in the place of the scan, in one network.
+MODE_CASES += [("vmunet", "native", kind, mode) for kind in ("volume", "image") for mode in OTHERS]
 every_network = pytest.mark.parametrize(("name", "geometry", "kind"), NETWORK_CASES)
 every_mode = pytest.mark.parametrize(("name", "geometry", "kind", "mode"), MODE_CASES)
 GRID = (2, 3, 4)
