@@ -11,12 +11,14 @@ from medmamba.diagnostics import (
     GB,
     MemoryModel,
     StepSizes,
+    TokenDynamics,
     footprint,
     influence,
     measure_step_sizes,
     memory_tokens,
     operations,
     step_sizes,
+    token_dynamics,
 )
 from medmamba.info.subject import Subject
 from medmamba.mixers import PlacedScan, RoutedScan, placed_scans
@@ -35,11 +37,13 @@ class ScanInfo:
         placed: the scan with its name and grid.
         decay: its step sizes and A.
         lengths: of every route, in tokens.
+        dynamics: of its weights; None for a scan that has no projections B and C to read and write its state.
     """
 
     placed: PlacedScan
     decay: StepSizes
     lengths: tuple[RouteLengths, ...]
+    dynamics: TokenDynamics | None
 
     @property
     def routes(self) -> tuple[str, ...]:
@@ -59,8 +63,14 @@ def scans_of(subject: Subject, *, measure: bool = False) -> list[ScanInfo]:
             for name, core in network.named_modules()
             if isinstance(core, RoutedScan)
         }
+    dynamics = token_dynamics(network.state_dict())
     return [
-        ScanInfo(scan, decays[scan.name], tuple(route_lengths(route, scan.grid) for route in scan.core.routes))
+        ScanInfo(
+            scan,
+            decays[scan.name],
+            tuple(route_lengths(route, scan.grid) for route in scan.core.routes),
+            dynamics.get(scan.name),
+        )
         for scan in placed_scans(network, subject.input_channels, subject.patch_size)
     ]
 
@@ -100,11 +110,11 @@ def table(scans: Sequence[ScanInfo], *, by_route: bool = False) -> Iterator[str]
 
     ``memory``: e-folding memory in tokens over the state-channels, at 10 %, 50 %, 90 % and the slowest. ``left after``:
     mean share of a token's contribution one line, one plane and one volume further along its route; where the state
-    is cleared just there, at the last token before.
+    is cleared just there, at the last token before. ``eigenvalues``: smallest and largest of the token dynamics.
     """
     width = max(len(scan.placed.name) for scan in scans)
     head = f"{'scan':<{width}}  {'grid':<11} {'tokens':>7} {'chan':>5} {'N':>3}  {'routes':<20}"
-    yield f"{head}  {'memory 10/50/90/100 %':<22}  {'line/plane/volume':<19}  left after them"
+    yield f"{head}  {'memory 10/50/90/100 %':<22}  {'line/plane/volume':<19}  {'left after them':<19}  eigenvalues"
     for scan in scans:
         core = scan.placed.core
         chosen = [[k] for k in range(len(scan.routes))] if by_route else [list(range(len(scan.routes)))]
@@ -115,7 +125,8 @@ def table(scans: Sequence[ScanInfo], *, by_route: bool = False) -> Iterator[str]
             yield (
                 f"{scan.placed.name:<{width}}  {_times(scan.placed.grid):<11} {scan.lengths[0].volume:>7} "
                 f"{core.D.shape[-1]:>5} {core.d_state:>3}  {names:<20}  {_slashes(map(_tokens, quantiles)):<22}  "
-                f"{_lengths(scan, routes):<19}  {_slashes(map(_percent, _left(scan, routes)))}"
+                f"{_lengths(scan, routes):<19}  {_slashes(map(_percent, _left(scan, routes))):<19}  "
+                f"{_eigenvalues(scan, routes)}"
             )
 
 
@@ -133,6 +144,13 @@ def _left(scan: ScanInfo, routes: Sequence[int]) -> list[float]:
         )
         shares.append(far.mean[0])
     return torch.stack(shares).mean(0).tolist()
+
+
+def _eigenvalues(scan: ScanInfo, routes: Sequence[int]) -> str:
+    if scan.dynamics is None:
+        return "-"
+    sets = [scan.placed.core.sets[k] for k in routes]
+    return f"{scan.dynamics.smallest[sets].min():.2g}..{scan.dynamics.largest[sets].max():.2g}"
 
 
 def _lengths(scan: ScanInfo, routes: Sequence[int]) -> str:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from medmamba.diagnostics import measure_step_sizes
+from medmamba.diagnostics import measure_step_sizes, token_dynamics
 from medmamba.inference.machine import peak_bytes
 from medmamba.training.board import Board
 from medmamba.training.live import LiveLine
@@ -95,6 +95,7 @@ class Watch:
         """Scans and segmentation of the first image of the example."""
         network, has_regions = self._trainer.bare_network, self._trainer.label_manager.has_regions
         data = self._example["data"][:1].to(self._trainer.device)
+        self._board.dynamics(token_dynamics(network.state_dict()), epoch)
         with _full_precision(self._trainer.device):
             self._board.scans(measure_step_sizes(network, data), epoch)
             prediction = _labels(_first(network(data))[0], has_regions)

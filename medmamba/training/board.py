@@ -10,19 +10,20 @@ import json
 import logging
 import math
 import re
+import statistics
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from medmamba.diagnostics import StepSizes
+from medmamba.diagnostics import StepSizes, TokenDynamics
 from medmamba.training.event_files import event_writer
 from medmamba.training.slices import slices_picture
 
@@ -47,6 +48,7 @@ _QUANTILES = {"p10": 0.1, "p50": 0.5, "p90": 0.9}
 _MAX_TEXT = 20_000
 
 Values = ArrayLike | Tensor
+_T = TypeVar("_T")
 
 
 class Board:
@@ -130,6 +132,15 @@ class Board:
         """
         self.scalars(scan_scalars(sizes), step)
 
+    def dynamics(self, dynamics: Mapping[str, TokenDynamics], step: int) -> None:
+        """Token dynamics of the scans, per stage of the network.
+
+        Args:
+            dynamics: of :func:`medmamba.diagnostics.token_dynamics`.
+            step: epoch.
+        """
+        self.scalars(dynamics_scalars(dynamics), step)
+
     def overlay(self, image: Values, prediction: Values, reference: Values, step: int, name: str) -> None:
         """Three orthogonal planes (one in 2D) of image, reference and prediction under ``overlay/<name>``.
 
@@ -208,11 +219,8 @@ def scan_scalars(sizes: Mapping[str, StepSizes]) -> dict[str, float]:
     Per stage, over all its scans, routes, channels and states: mean, smallest and largest step size dt, and quantiles
     of the memory 1 / (dt |A|), the tokens after which 37 % of a token's contribution are left.
     """
-    stages: dict[str, list[StepSizes]] = defaultdict(list)
-    for name, size in sizes.items():
-        stages[_stage(name)].append(size)
     found: dict[str, float] = {}
-    for stage, members in stages.items():
+    for stage, members in _by_stage(sizes).items():
         dt = np.concatenate([member.dt.detach().double().cpu().flatten().numpy() for member in members])
         memory = np.concatenate([_memory(member) for member in members])
         values = {"dt_mean": dt.mean(), "dt_min": dt.min(), "dt_max": dt.max()}
@@ -220,6 +228,29 @@ def scan_scalars(sizes: Mapping[str, StepSizes]) -> dict[str, float]:
         values |= {f"memory_tokens_{name}": level for name, level in zip(_QUANTILES, levels, strict=True)}
         found |= {f"scan/{stage}/{name}": float(value) for name, value in values.items()}
     return found
+
+
+def dynamics_scalars(dynamics: Mapping[str, TokenDynamics]) -> dict[str, float]:
+    """Eigenvalues by tag, as ``scan/encoder.stage_2/eigenvalue_min``: smallest, largest, share of the negative ones.
+
+    Per stage, over all its scans and routes; what they say is in :mod:`medmamba.diagnostics.dynamics`.
+    """
+    found: dict[str, float] = {}
+    for stage, members in _by_stage(dynamics).items():
+        values = {
+            "eigenvalue_min": min(float(member.smallest.min()) for member in members),
+            "eigenvalue_max": max(float(member.largest.max()) for member in members),
+            "eigenvalue_negative": statistics.fmean(float(member.negative.mean()) for member in members),
+        }
+        found |= {f"scan/{stage}/{name}": value for name, value in values.items()}
+    return found
+
+
+def _by_stage(scans: Mapping[str, _T]) -> dict[str, list[_T]]:
+    stages: dict[str, list[_T]] = defaultdict(list)
+    for name, scan in scans.items():
+        stages[_stage(name)].append(scan)
+    return stages
 
 
 def _memory(size: StepSizes) -> NDArray[np.float64]:

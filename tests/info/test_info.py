@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from medmamba import cli
-from medmamba.diagnostics import GB, MemoryModel, footprint, operations
-from medmamba.mixers import ScanCore
+from medmamba.diagnostics import GB, MemoryModel, footprint, operations, token_dynamics
+from medmamba.info import report
+from medmamba.info.subject import Subject
+from medmamba.mixers import ScanCore, SpatialCore
 from medmamba.networks import create_network
 from medmamba_plans.derive import Request, derive_plans
 
@@ -66,6 +68,34 @@ def test_parameters_are_counted_and_every_scan_has_its_line(plans, capsys):
     first = scan_lines(lines)[0].split()
     assert first[1:6] == ["14x20x24", "6720", "128", "2", "raster6"]
     assert first[7] == "14-24/336-480/6720"
+
+
+def test_eigenvalues_are_those_of_the_token_dynamics(plans, capsys):
+    rows = {line.split()[0]: line.split() for line in scan_lines(run(capsys, "--plans", plans))}
+    dynamics = token_dynamics(built(plans).state_dict())
+    assert set(rows) == set(dynamics)
+    for name, row in rows.items():
+        assert row[-1] == f"{dynamics[name].smallest.min():.2g}..{dynamics[name].largest.max():.2g}"
+
+
+class OnTokens(torch.nn.Sequential):
+    """Cores one after the other on the voxels of a volume."""
+
+    def forward(self, x):
+        tokens = x.flatten(2).mT
+        for core in self:
+            tokens = core(tokens, x.shape[2:])
+        return tokens
+
+
+def test_routes_that_share_weights_show_them_each_and_a_scan_without_projections_shows_no_eigenvalues():
+    core = ScanCore(6, d_state=2, dt_rank=1, routes="raster6", parameters="direction")
+    network = OnTokens(core, SpatialCore(6, d_state=1, dt_rank=1, routes="raster6"))
+    subject = Subject("none", network, 6, 2, (4, 4, 4), None, "initial")
+    rows = [line.split() for line in report.table(report.scans_of(subject), by_route=True)][1:]
+    assert len(rows) == 12
+    assert len({row[6] for row in rows[:6]}) == len({row[-1] for row in rows[:6]}) == 2
+    assert {row[-1] for row in rows[6:]} == {"-"}
 
 
 def test_a_block_with_several_scans_has_a_line_for_each(tmp_path, capsys):

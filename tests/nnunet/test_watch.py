@@ -17,6 +17,7 @@ SCALARS = {
     *("gradient_norm/mean", "gradient_norm/max"),
 }
 SCAN = {"dt_mean", "dt_min", "dt_max", "memory_tokens_p10", "memory_tokens_p50", "memory_tokens_p90"}
+SCAN |= {"eigenvalue_min", "eigenvalue_max", "eigenvalue_negative"}
 
 
 @pytest.fixture(autouse=True)
