@@ -125,7 +125,7 @@ ROOMS: dict[str, Room] = {
         TORCH | ARRAYS | IO_LIBRARIES | {"matplotlib"},
         lazy=frozenset({"monai", "nnunetv2", "tqdm"}),
     ),
-    "medmamba.bench": Room((*LOWER, "medmamba.bench.plot"), TORCH, lazy=PEERS),
+    "medmamba.bench": Room((*LOWER, "medmamba.bench.plot", "medmamba.diagnostics"), TORCH, lazy=PEERS),
     "medmamba.bench.plot": Room((*LOWER, "medmamba.bench"), frozenset({"matplotlib"})),  # loaded when a plot is wanted
     "medmamba.diagnostics": Room(("medmamba_kernels", *NETWORK_ROOMS), TORCH),
     "medmamba.info": Room(

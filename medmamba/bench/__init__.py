@@ -1,10 +1,12 @@
-"""`medmamba bench`: time and memory of the scan, with the floor and the alternatives in the same process.
+"""`medmamba bench`: time and memory of the scan and of every mixer, with the floor and the alternatives in one process.
 
 commands.py   the command line (imports nothing heavy)
 cases.py      which scans are timed: the shapes of the shipped networks, variations, an odd size, a sweep of lengths
 peers.py      what people use elsewhere, and what it is allowed to leave out
 measure.py    processor time, wall time, peak memory
-scan.py       runs the cases and writes the CSV
+scan.py       runs the cases of the scan
+cores.py      every core of the registry beside convolutions of the same width
+rows.py       what every row holds, and the CSV
 ratios.py     peers against our best backend
 plot.py       time and memory over length
 commit.py     the commit that a measurement belongs to

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,62 +14,123 @@ if TYPE_CHECKING:
 
 
 def _configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", choices=["scan"], help="scan: the selective scan at the shapes of the shipped networks")
-    parser.add_argument("--backend", nargs="+", metavar="NAME", help="backends, or reference; default: all that run")
-    parser.add_argument("--peers", nargs="+", metavar="NAME", help="other libraries; default: all that are installed")
-    parser.add_argument("--no-peers", action="store_true", help="time our own backends only")
+    parser.add_argument(
+        "what",
+        choices=["scan", "cores"],
+        help="scan: the selective scan at the shapes of the shipped networks; cores: every mixer beside convolutions",
+    )
+    parser.add_argument("--core", nargs="+", metavar="NAME", help="of cores: which; default: all")
+    parser.add_argument(
+        "--backend", nargs="+", metavar="NAME", help="of scan: backends, or reference; default: all that run"
+    )
+    parser.add_argument(
+        "--peers", nargs="+", metavar="NAME", help="of scan: other libraries; default: all that are installed"
+    )
+    parser.add_argument("--no-peers", action="store_true", help="of scan: time our own backends only")
     parser.add_argument("--case", metavar="TEXT", help="only cases whose name contains this")
     parser.add_argument("--device", default="cpu", metavar="NAME", help="cpu (default) or cuda")
     parser.add_argument("--threads", type=int, metavar="N", help="threads of torch; default: as torch chooses")
     parser.add_argument("--seconds", type=float, default=2.0, metavar="S", help="per row (default %(default)s)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write a CSV as well")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="write a PNG of time and memory over length as well")
-    parser.add_argument("--from", dest="source", type=Path, metavar="FILE", help="plot this CSV, measure nothing")
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help="of scan: write a PNG of time and memory over length as well"
+    )
+    parser.add_argument(
+        "--from", dest="source", type=Path, metavar="FILE", help="of scan: plot this CSV, measure nothing"
+    )
 
 
 def _run(arguments: argparse.Namespace) -> int:
     for path in (arguments.out, arguments.plot):
         if path is not None and not path.resolve().parent.is_dir():
             raise CommandError(f"{path.resolve().parent} is not a folder; create it or choose another place")
+    _refuse_options_of_the_other(arguments)
     if arguments.source is not None:
         return _plot_only(arguments)
     import torch
-
-    from medmamba.bench import ratios, scan
 
     device = _device(arguments.device)
     if arguments.threads is not None:
         if arguments.threads < 1:
             raise CommandError(f"--threads must be 1 or more, not {arguments.threads}")
         torch.set_num_threads(arguments.threads)
+    return _run_cores(arguments, device) if arguments.what == "cores" else _run_scan(arguments, device)
+
+
+def _refuse_options_of_the_other(arguments: argparse.Namespace) -> None:
+    options = ("core",) if arguments.what == "scan" else ("backend", "peers", "no_peers", "plot", "source")
+    for name in options:
+        if getattr(arguments, name):
+            spelling = "from" if name == "source" else name.replace("_", "-")
+            raise CommandError(f"bench {arguments.what} takes no --{spelling}")
+
+
+def _run_scan(arguments: argparse.Namespace, device: torch.device) -> int:
+    from medmamba.bench import ratios, scan
+    from medmamba.bench.rows import machine
+
     backends = _backends(arguments.backend, device)
     cases = scan.select(arguments.case)
     peers = _peers(arguments, device)
-    rows: list[dict[str, Any]] = []
     print(f"{'case':<18} {'backend':<10} {'pass':<9} {'p50 ms':>10} {'ns/elt':>8} {'floor ms':>9} {'peak MiB':>9}")
-    try:
-        for row in scan.run(backends, peers, cases, arguments.seconds, device):
-            rows.append(row)
-            print(_line(row), flush=True)
-    finally:
-        # What was measured before an interruption or an error is kept.
-        if rows and arguments.out is not None:
-            scan.write(rows, arguments.out, device)
-            print(f"wrote {arguments.out}")
+    rows = _collect(scan.run(backends, peers, cases, arguments.seconds, device), _scan_line, arguments.out, device)
     print(*ratios.lines(rows), sep="\n")
     if arguments.plot is not None:
-        facts = scan.machine(device)
+        facts = machine(device)
         _plot([{**row, **facts} for row in rows], arguments.plot)
     return 0
 
 
-def _line(row: dict[str, Any]) -> str:
+def _run_cores(arguments: argparse.Namespace, device: torch.device) -> int:
+    from medmamba.bench import cores
+
+    names, cases = cores.select(arguments.core, arguments.case)
+    print(
+        f"{'case':<18} {'contender':<16} {'layout':<13} {'pass':<9} {'p50 ms':>10} {'floor ms':>9} {'MMAC':>9} "
+        f"{'peak MiB':>9}"
+    )
+    rows = _collect(cores.run(names, cases, arguments.seconds, device), _core_line, arguments.out, device)
+    print(*cores.lines(rows), sep="\n")
+    return 0
+
+
+def _collect(
+    run: Iterator[dict[str, Any]],
+    line: Callable[[dict[str, Any]], str],
+    out: Path | None,
+    device: torch.device,
+) -> list[dict[str, Any]]:
+    """Print every row as it comes, and write all; what was measured before an interruption or an error is kept."""
+    from medmamba.bench.rows import write
+
+    rows: list[dict[str, Any]] = []
+    try:
+        for row in run:
+            rows.append(row)
+            print(line(row), flush=True)
+    finally:
+        if rows and out is not None:
+            write(rows, out, device)
+            print(f"wrote {out}")
+    return rows
+
+
+def _scan_line(row: dict[str, Any]) -> str:
     start = f"{row['case']:<18} {row['backend']:<10} {row['pass']:<9}"
     if row["note"]:
         return f"{start} {row['note']}"
     return (
         f"{start} {row['p50_ms']:>10.3f} {row['ns_per_element']:>8.4g} {row['memory_floor_ms']:>9.3g} "
         f"{row['peak_mib']:>9}"
+    )
+
+
+def _core_line(row: dict[str, Any]) -> str:
+    start = f"{row['case']:<18} {row['contender']:<16} {row['layout']:<13} {row['pass']:<9}"
+    if row["note"]:
+        return f"{start} {row['note']}"
+    return (
+        f"{start} {row['p50_ms']:>10.3f} {row['memory_floor_ms']:>9.3g} {row['mega_macs']:>9.5g} {row['peak_mib']:>9}"
     )
 
 
@@ -124,13 +185,13 @@ def _peers(arguments: argparse.Namespace, device: torch.device) -> dict[str, str
 
 
 def _plot_only(arguments: argparse.Namespace) -> int:
-    from medmamba.bench import scan
+    from medmamba.bench.rows import read
 
     if arguments.plot is None:
         raise CommandError("--from needs --plot FILE: it plots a CSV and measures nothing")
     if not arguments.source.is_file():
         raise CommandError(f"{arguments.source} is not a file; --from wants a CSV that --out wrote")
-    _plot(scan.read(arguments.source), arguments.plot)
+    _plot(read(arguments.source), arguments.plot)
     return 0
 
 
@@ -141,4 +202,4 @@ def _plot(rows: Sequence[dict[str, Any]], out: Path) -> None:
     print(f"wrote {out}")
 
 
-BENCH = Command(help="time and memory of the scan on this machine", configure=_configure, run=_run)
+BENCH = Command(help="time and memory of the scan and of every mixer on this machine", configure=_configure, run=_run)

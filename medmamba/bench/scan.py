@@ -1,30 +1,23 @@
-"""Runs the cases of the scan bench, backend by backend and peer by peer, and writes one CSV."""
+"""Runs the cases of the scan bench, backend by backend and peer by peer."""
 
 from __future__ import annotations
 
-import csv
-import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from importlib.metadata import version
-from pathlib import Path
-from typing import Any
 
 import torch
 
 from medmamba.bench.cases import Case, all_cases
-from medmamba.bench.commit import commit_of
-from medmamba.bench.measure import CPU, copy_bandwidth, first_call, peak_mib, time_it
+from medmamba.bench.measure import CPU, copy_bandwidth
 from medmamba.bench.peers import PEERS, Peer, peer_passes
+from medmamba.bench.rows import MEASUREMENTS, Row, measured
 from medmamba.command import CommandError
 from medmamba_kernels import BACKENDS
 from medmamba_kernels.testing import Problem, self_test
 
 #: Scans above this many elements are not run through the reference, which takes about a microsecond each.
 REFERENCE_ELEMENTS = 2**21
-
-Row = dict[str, Any]
 
 
 def run(
@@ -55,7 +48,12 @@ def run(
                 continue
             for name, function in passes(problem, backend).items():
                 row = describe(case, backend, name, bandwidth, device)
-                yield {**row, **measured(case, function, seconds, device), "gate": "self-test passed", "note": ""}
+                yield {
+                    **row,
+                    **measured(function, case.elements, seconds, device),
+                    "gate": "self-test passed",
+                    "note": "",
+                }
         for peer, verdict in peers.items():
             for row in run_peer(case, problem, PEERS[peer], seconds, device):
                 yield {**describe(case, peer, row["pass"], bandwidth, device), **row, "gate": verdict}
@@ -69,7 +67,7 @@ def run_peer(case: Case, problem: Problem, peer: Peer, seconds: float, device: t
         if reason is None:
             functions = functions or peer_passes(problem, peer)
             try:
-                yield {"pass": name, **measured(case, functions[name], seconds, device), "note": ""}
+                yield {"pass": name, **measured(functions[name], case.elements, seconds, device), "note": ""}
                 continue
             except torch.OutOfMemoryError:
                 reason = "runs out of memory"
@@ -132,72 +130,6 @@ def describe(case: Case, contender: str, name: str, bandwidth: float, device: to
         "exponentials": case.exponentials,
         "device": device.type,
     }
-
-
-MEASUREMENTS = (
-    "first_call_s",
-    "p20_ms",
-    "p50_ms",
-    "p80_ms",
-    "cpu_min_ms",
-    "repeats",
-    "ns_per_element",
-    "cpu_ns_per_element",
-    "peak_mib",
-)
-
-
-def measured(case: Case, function: Callable[[], object], seconds: float, device: torch.device) -> Row:
-    """The columns ``MEASUREMENTS``, in order."""
-    first = first_call(function, device)
-    memory = peak_mib(function, device)
-    timing = time_it(function, seconds, device)
-    on_gpu = timing.cpu_min is None
-    values = (
-        round(first, 3),
-        round(timing.p20, 4),
-        round(timing.p50, 4),
-        round(timing.p80, 4),
-        "" if timing.cpu_min is None else round(timing.cpu_min, 4),
-        timing.repeats,
-        round(timing.p50 * 1e6 / case.elements, 6 if on_gpu else 3),
-        "" if timing.cpu_min is None else round(timing.cpu_min * 1e6 / case.elements, 3),
-        "" if memory is None else round(memory, 2),
-    )
-    return dict(zip(MEASUREMENTS, values, strict=True))
-
-
-def machine(device: torch.device = CPU) -> dict[str, str]:
-    """What the numbers belong to; the same in every row of a file."""
-    return {
-        "processor": _processor() if device.type == "cpu" else torch.cuda.get_device_name(device),
-        "torch": version("torch"),
-        "medmamba": version("medmamba"),
-        "commit": commit_of(Path(__file__)),
-    }
-
-
-def write(rows: Sequence[Row], out: Path, device: torch.device = CPU) -> None:
-    """Write rows as CSV, with the machine in the last columns."""
-    facts = machine(device)
-    with out.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, [*rows[0], *facts], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({**row, **facts} for row in rows)
-
-
-def read(file: Path) -> list[Row]:
-    """Rows of a CSV that ``write`` made; numbers are text."""
-    with file.open(newline="", encoding="utf-8") as stream:
-        return list(csv.DictReader(stream))
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def select(pattern: str | None) -> list[Case]:
