@@ -8,6 +8,7 @@ from .drop_path import DropPath, drop_path_rates
 from .feed_forward import FeedForward
 from .mednext import ChannelNorm, InstanceGroupNorm, MedNeXtBlock, MedNeXtDown, MedNeXtUp, upkern
 from .parameters import exempt_from_decay, parameter_groups
+from .place import Place, places
 from .position import SinCosPosition
 from .resample import ConvDown, LargeKernelExpand, PatchEmbed, PatchExpand, PatchMerge
 from .vss import SS2D, VSSBlock
@@ -28,6 +29,7 @@ __all__ = [
     "PatchEmbed",
     "PatchExpand",
     "PatchMerge",
+    "Place",
     "SinCosPosition",
     "VSSBlock",
     "conv",
@@ -35,6 +37,7 @@ __all__ = [
     "drop_path_rates",
     "exempt_from_decay",
     "parameter_groups",
+    "places",
     "same_padding",
     "upkern",
 ]

@@ -45,6 +45,7 @@ class GlobalConvCore(nn.Module):
             (:class:`~medmamba.mixers.lag_kernels.FourierKernel`) or "free"
             (:class:`~medmamba.mixers.lag_kernels.FreeKernel`).
         rank: R, products of one kernel per axis that are summed. One is aligned with the axes.
+        axes: of the image, those that the kernels span, 0 for the slowest; default all.
         spacing: of the tokens per axis of the image, in any unit: the lag of an axis counts by its ratio to the finest.
             Default: the same on every axis.
         terms: complex modes of "s4d" and "fout".
@@ -73,6 +74,7 @@ class GlobalConvCore(nn.Module):
         fusion: Callable[[Tensor], Tensor] | None = None,
         kernel: str = "s4d",
         rank: int = 1,
+        axes: Sequence[int] | None = None,
         spacing: Sequence[float] | None = None,
         terms: int = 16,
         steps: Sequence[float] = (0.01, 0.5),
@@ -86,16 +88,20 @@ class GlobalConvCore(nn.Module):
         if kernel == "free":
             own = {"length": length, "squash": squash}
         spacing = [1.0] * len(kernel_size) if spacing is None else spacing
+        self.axes = tuple(range(len(kernel_size))) if axes is None else tuple(sorted(axes))
+        if not self.axes or not set(self.axes) <= set(range(len(kernel_size))):
+            raise ValueError(f"axes must name some of the {len(kernel_size)} axes of the image, from 0 on, got {axes}")
+        self.ndim = len(kernel_size)
         self.kernels = nn.ModuleList(
-            KERNELS[kernel](width, rank=rank, ratio=each / min(spacing), **own) for each in spacing
+            KERNELS[kernel](width, rank=rank, ratio=spacing[axis] / min(spacing), **own) for axis in self.axes
         )
         self.gain = exempt_from_decay(nn.Parameter(torch.full((rank, width), 1 / math.sqrt(2 * rank))))
         self.D = exempt_from_decay(nn.Parameter(torch.full((width,), 1 / math.sqrt(2))))
 
     def axis_kernels(self, grid: Sequence[int]) -> list[Tensor]:
-        """The normalised kernels of the image's axes, (R, E, 2 S - 1) each: index S - 1 is lag 0, higher is forward."""
-        sizes = grid[-len(self.kernels) :]
-        return [unit_energy(two_sided(k(size))) for k, size in zip(self.kernels, sizes, strict=True)]
+        """The normalised kernels of ``axes``, (R, E, 2 S - 1) each: index S - 1 is lag 0, higher is forward."""
+        sizes = grid[-self.ndim :]
+        return [unit_energy(two_sided(k(sizes[axis]))) for k, axis in zip(self.kernels, self.axes, strict=True)]
 
     def forward(self, u: Tensor, grid: tuple[int, int, int], *, mask: Tensor | None = None) -> Tensor:
         """(B, L, E) tokens in the raster order of ``grid`` -> (B, L, E); ``mask``: see :mod:`medmamba.mixers`.
@@ -114,23 +120,23 @@ class GlobalConvCore(nn.Module):
 
     def _convolve(self, x: Tensor, grid: Sequence[int]) -> Tensor:
         """(E, B D H W) -> (E, D H W B)."""
+        sizes = grid[-self.ndim :]
+        kernels = dict(zip(self.axes, self.axis_kernels(grid), strict=True))
         scale: Tensor = self.gain
-        spanned = []
-        for k in self.axis_kernels(grid):
-            if k.shape[-1] == 1:
-                scale = scale * k[..., 0]
-            else:
-                spanned.append(k)
-        if not spanned:
-            return x * scale.sum(0).unsqueeze(-1)
-        spanned[0] = spanned[0] * scale.unsqueeze(-1)
+        for axis in [axis for axis in kernels if sizes[axis] == 1]:
+            scale = scale * kernels.pop(axis)[..., 0]
+        if not kernels:
+            return x.view(len(x), -1, math.prod(sizes)).mT.flatten(1) * scale.sum(0).unsqueeze(-1)
+        first = min(kernels)
+        kernels[first] = kernels[first] * scale.unsqueeze(-1)
         total: Tensor | None = None
-        for factors in zip(*spanned, strict=True):
+        for r in range(len(scale)):
             y = x
-            # Each product takes the last axis and puts it in front. After all of them only the batch has moved.
-            for k in reversed(factors):
-                T = toeplitz(k).to(x.dtype)
-                y = torch.bmm(T, y.reshape(len(x), -1, T.shape[-1]).mT)
+            # Each step takes the last axis and puts it in front. After all of them only the batch has moved.
+            for axis in reversed(range(self.ndim)):
+                y = y.reshape(len(x), -1, sizes[axis]).mT
+                if axis in kernels:
+                    y = torch.bmm(toeplitz(kernels[axis][r]).to(x.dtype), y)
             total = y.flatten(1) if total is None else total + y.flatten(1)
         assert total is not None
         return total

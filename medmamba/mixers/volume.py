@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from medmamba.layers import conv
 
+from .mask import keep
+
 
 def as_volume(u: Tensor, grid: tuple[int, int, int], axes: int) -> Tensor:
     """(B, L, E) tokens in raster order -> (B, E, *grid) of the last ``axes`` axes of the grid, a view.
@@ -27,16 +29,18 @@ def as_tokens(volume: Tensor) -> Tensor:
 class TokenConv(nn.Module):
     """Depthwise convolution of tokens (B, L, E) on their grid, zeros around it; (B, L, E).
 
+    Masked tokens (``mask``, see :mod:`medmamba.mixers`) are zeros to it, and its result is 0 there.
+
     Args:
         width: E.
         kernel_size: one odd size per axis of the image, 2 or 3.
         bias: of the convolution.
     """
 
-    def __init__(self, width: int, kernel_size: Sequence[int], *, bias: bool):
+    def __init__(self, width: int, kernel_size: Sequence[int], *, bias: bool = True):
         super().__init__()
         self.axes = len(kernel_size)
         self.conv = conv(width, width, kernel_size, groups=width, bias=bias)
 
-    def forward(self, u: Tensor, grid: tuple[int, int, int]) -> Tensor:
-        return as_tokens(self.conv(as_volume(u, grid, self.axes)))
+    def forward(self, u: Tensor, grid: tuple[int, int, int], *, mask: Tensor | None = None) -> Tensor:
+        return keep(as_tokens(self.conv(as_volume(keep(u, mask), grid, self.axes))), mask)
