@@ -45,7 +45,7 @@ class Room:
     lazy: frozenset[str] = field(default_factory=frozenset)
 
 
-LOWER = ("medmamba_kernels", *NETWORK_ROOMS, "medmamba.command", "medmamba.files", "medmamba.stop")
+LOWER = ("medmamba_kernels", *NETWORK_ROOMS, "medmamba.presets", "medmamba.command", "medmamba.files", "medmamba.stop")
 TORCH = frozenset({"torch"})
 TRITON_KERNELS = "medmamba_kernels.backends._triton_kernels"
 TRITON_SSD = "medmamba_kernels.backends._triton_ssd"
@@ -56,7 +56,9 @@ ROOMS: dict[str, Room] = {
     TRITON_SSD: Room((TRITON_KERNELS,), TORCH | {"triton"}),
     "medmamba.layers": Room(("medmamba_kernels",), TORCH),
     "medmamba.mixers": Room(("medmamba_kernels", "medmamba.layers"), TORCH),
-    "medmamba.networks": Room(("medmamba_kernels", "medmamba.layers", "medmamba.mixers"), TORCH),
+    # Data about published mixers: names of trainers and plans come from here, in processes without torch too.
+    "medmamba.presets": Room(),
+    "medmamba.networks": Room(("medmamba_kernels", "medmamba.layers", "medmamba.mixers", "medmamba.presets"), TORCH),
     "medmamba.weights": Room(
         ("medmamba_kernels", *NETWORK_ROOMS, "medmamba.files"), TORCH, lazy=frozenset({"safetensors"})
     ),

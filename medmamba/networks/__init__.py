@@ -12,7 +12,7 @@ from . import mednext, mednextmamba, mhsvm, msvmunet, vmunet
 from .spec import NetworkSpec, Paper
 
 #: Arguments that only networks with scans take.
-SCAN_ARGUMENTS = ("d_state", "dt_init", "routes", "ssm_mode")
+SCAN_ARGUMENTS = ("d_state", "dt_init", "mixer", "routes", "ssm_mode")
 
 NETWORKS: dict[str, NetworkSpec] = {
     spec.name: spec for spec in (mednext.SPEC, mednextmamba.SPEC, mhsvm.SPEC, msvmunet.SPEC, vmunet.SPEC)

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
 
 from torch import nn
+
+from medmamba.layers import Place
+from medmamba.mixers import get_core
+from medmamba.mixers.block import mixer_builder
+from medmamba.presets import get_mixer
 
 from .unet import total_strides
 
@@ -21,6 +28,50 @@ def check_geometry(geometry: str) -> None:
     """ValueError for a geometry that does not exist; the text lists those that do."""
     if geometry not in GEOMETRIES:
         raise ValueError(f"unknown geometry {geometry!r}; known: {', '.join(GEOMETRIES)}")
+
+
+#: A mixer as networks take it: its name, or a mapping with ``name`` and options that replace those of its preset.
+Mixer = str | Mapping[str, Any] | None
+
+
+def blocks_of(own: Callable[..., nn.Module], mixer: Mixer, ssm_mode: str) -> Callable[..., nn.Module]:
+    """What builds the blocks of a network, ``build(width, place=..., drop_path=...)``: its own, or those of a mixer.
+
+    Args:
+        own: ``own(width, kernel_size=..., drop_path=...)``.
+        mixer: name in :data:`medmamba.presets.MIXERS` or of a third party, a mapping with ``name`` and options
+            (:class:`medmamba.mixers.block.BlockOptions`), or None for the network's own blocks.
+        ssm_mode: "scan", or the control in the place of the mixer's core; ``own`` has taken it already.
+
+    Raises:
+        KeyError: an unknown mixer or core.
+        ValueError: an option that no block has, or a mapping without a name.
+    """
+    return partial(_at_kernel_of, own) if mixer is None else mixer_blocks(mixer, ssm_mode)
+
+
+def mixer_blocks(mixer: str | Mapping[str, Any], ssm_mode: str) -> Callable[..., nn.Module]:
+    """``build(width, place=..., drop_path=...)`` of a mixer; arguments and errors as :func:`blocks_of`."""
+    return mixer_builder(block_options(mixer), get_core, ssm_mode)
+
+
+def block_options(mixer: str | Mapping[str, Any]) -> dict[str, Any]:
+    """Options of the blocks of a mixer: those of its preset, and what the mapping changes.
+
+    Raises:
+        KeyError: an unknown mixer.
+        ValueError: a mapping without a name.
+    """
+    if isinstance(mixer, str):
+        return dict(get_mixer(mixer).block)
+    options = dict(mixer)
+    if "name" not in options:
+        raise ValueError(f"a mixer with options needs a name, got {sorted(options)}; e.g. {{'name': 'vim3d'}}")
+    return {**get_mixer(options.pop("name")).block, **options}
+
+
+def _at_kernel_of(own: Callable[..., nn.Module], width: int, *, place: Place, drop_path: float) -> nn.Module:
+    return own(width, kernel_size=place.kernel_size, drop_path=drop_path)
 
 
 def kernels_of_stages(

@@ -22,11 +22,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from medmamba.layers import ChannelNorm, ChannelsLast, MedNeXtBlock, SinCosPosition, conv
+from medmamba.layers import ChannelNorm, ChannelsLast, MedNeXtBlock, SinCosPosition, conv, places
 from medmamba.layers.convolution import CONV_TRANSPOSE, INSTANCE_NORM
 from medmamba.mixers import Mamba, MambaLayer, get_core, initialise_step_sizes
 
-from .arguments import MAX_FEATURES, kernels_of_stages, repeat_last, require_length, widths_of_stages
+from .arguments import (
+    MAX_FEATURES,
+    Mixer,
+    kernels_of_stages,
+    mixer_blocks,
+    repeat_last,
+    require_length,
+    widths_of_stages,
+)
 from .mednext import SIZES, block_kernels, is_checkpointed, mednext_unet, require_geometry
 from .spec import NetworkSpec, Paper
 from .unet import Decoder, Encoder, UNet, total_strides
@@ -54,6 +62,7 @@ def mednextmamba(
     first_scan_stage: int | None = None,
     geometry: str = "native",
     ssm_mode: str = "scan",
+    mixer: Mixer = None,
     routes: str | Sequence[str] | None = None,
     d_state: int = 16,
     expand: float = 2.0,
@@ -83,6 +92,8 @@ def mednextmamba(
         first_scan_stage: native only; first stage with Mamba layers. Default: the last but one, never the first.
         geometry: "native" or "faithful"; see the module's text.
         ssm_mode: "scan", or a control such as "identity" (the scan replaced, everything else kept).
+        mixer: name of a mixer (:mod:`medmamba.presets`), or a mapping with ``name`` and changed options, whose blocks
+            replace the network's own; arguments that describe those (routes, d_state, expand) then have no effect.
         routes: route set or list of routes of every layer. Default native: one raster in both directions, dhw, dwh, hwd
             in turn (2D: dhw, dwh); faithful: dhw in both directions.
         d_state: N, states per channel.
@@ -105,7 +116,13 @@ def mednextmamba(
     core = partial(get_core(ssm_mode), d_state=d_state)
     checkpointed = is_checkpointed(checkpoint_style)
 
-    def layer(width: int, stage: int, number: int) -> MambaLayer:
+    first = stages - 1 if geometry == "faithful" else _first_stage_with_layers(first_scan_stage, stages)
+    where = places(strides, kernels, first)
+    mixed = None if mixer is None else mixer_blocks(mixer, ssm_mode)
+
+    def layer(width: int, stage: int, number: int) -> nn.Module:
+        if mixed is not None:
+            return mixed(width, place=where[stage])
         order = ORDERS[ndim][0 if geometry == "faithful" else number % ndim]
         path = routes or [order, f"{order}:reverse"]
         here = partial(core, kernel_size=kernels[stage])
@@ -134,7 +151,6 @@ def mednextmamba(
         )
     else:
         widths = widths_of_stages(features_per_stage, base_features or 32, stages, cap=MAX_FEATURES[ndim])
-        first = _first_stage_with_layers(first_scan_stage, stages)
         layers_per_stage = [0] * first + _layers_per_stage(mamba_depths, 2, stages - first)
         number = count()
 

@@ -20,6 +20,7 @@ from medmamba.layers import DropPath, conv
 from medmamba.mixers import GatedFusion, MultiHeadCore, get_core, initialise_step_sizes, rescaled_threshold
 from medmamba_kernels import resolve_routes
 
+from .arguments import Mixer, blocks_of
 from .spec import NetworkSpec, Paper
 from .unet import total_strides
 from .vmunet import vss_unet
@@ -85,6 +86,7 @@ def mhsvm(
     decoder_depths: int | Sequence[int] | None = None,
     geometry: str = "native",
     ssm_mode: str = "scan",
+    mixer: Mixer = None,
     routes: str | Sequence[str | Sequence[str]] | None = None,
     d_state: int = 16,
     gate_threshold: float = 0.0,
@@ -112,6 +114,9 @@ def mhsvm(
         ssm_mode: "scan", or a control such as "identity". Only what the heads do is replaced: with "identity" a head
             returns its slice, and the gate goes with the scan (equal routes would leave nothing). Both projections
             around the heads, the norms and the block's own gate stay.
+        mixer: name of a mixer (:mod:`medmamba.presets`), or a mapping with ``name`` and changed options, whose blocks
+            replace the network's own; arguments that describe those
+            (routes, d_state, gate_threshold, out_projection) then have no effect.
         routes: one entry per head: a pattern (C snake, X diagonal, S spiral, Z raster), a route set, or a list of
             routes, at least two each. A single name is for four heads alike. Default C, X, S, Z, in 3D along six
             routes each, in 2D along the published four.
@@ -137,7 +142,7 @@ def mhsvm(
             two routes, an unknown geometry, route or ssm_mode.
     """
     ndim = len(total_strides(strides)[0])
-    mixer = partial(
+    heads = partial(
         MultiHeadCore,
         core=partial(_gated_core, get_core(ssm_mode), d_state=d_state, threshold=gate_threshold),
         routes=routes_of_heads(routes, ndim),
@@ -145,7 +150,7 @@ def mhsvm(
     network = vss_unet(
         input_channels,
         num_classes,
-        block=partial(MHSBlock, mixer=mixer, has_out_projection=out_projection),
+        block=blocks_of(partial(MHSBlock, mixer=heads, has_out_projection=out_projection), mixer, ssm_mode),
         strides=strides,
         kernel_sizes=kernel_sizes,
         features_per_stage=features_per_stage,
@@ -218,5 +223,6 @@ SPEC = NetworkSpec(
         "drop_path_rate": 0.2,
     },
     presets={"small": {"base_features": 16, "depths": 1, "decoder_depths": 1, "d_state": 8, "drop_path_rate": 0.0}},
+    block_arguments=("d_state", "gate_threshold", "out_projection", "routes"),
     adamw={"initial_lr": 1e-3, "weight_decay": 1e-2},
 )

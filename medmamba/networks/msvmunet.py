@@ -30,12 +30,15 @@ from medmamba.layers import (
     VSSBlock,
     conv,
     drop_path_rates,
+    places,
 )
 from medmamba.mixers import get_core, initialise_step_sizes
 
 from .arguments import (
     MAX_FEATURES,
     VSS_ROUTES,
+    Mixer,
+    blocks_of,
     check_geometry,
     initialise_linear,
     kernels_of_stages,
@@ -62,6 +65,7 @@ def msvmunet(
     decoder_depths: int | Sequence[int] = 2,
     geometry: str = "native",
     ssm_mode: str = "scan",
+    mixer: Mixer = None,
     routes: str | Sequence[str] | None = None,
     d_state: int = 1,
     expand: float = 1.0,
@@ -91,6 +95,9 @@ def msvmunet(
         decoder_depths: blocks per decoder level, a number or one per level, finest first.
         geometry: "native" or "faithful".
         ssm_mode: "scan", or a control such as "identity" (the scan replaced, everything else kept).
+        mixer: name of a mixer (:mod:`medmamba.presets`), or a mapping with ``name`` and changed options, whose blocks
+            replace the network's own; arguments that describe those
+            (routes, d_state, expand, mlp_ratio, ffn_scales) then have no effect.
         routes: route set or list of routes; default raster6 in 3D, raster4 (VMamba's) in 2D.
         d_state: N, states per channel.
         expand: inner width of a block's scan over its width; 1 in the published code, 2 in the paper's figure.
@@ -122,8 +129,10 @@ def msvmunet(
     ss2d = partial(SS2D, core=core, expand=expand, gate=False, conv_bias=False)
     feed_forward = partial(FeedForward, ratio=mlp_ratio)
     parts: dict[str, Any] = {
-        "block": partial(VSSBlock, ss2d=ss2d, feed_forward=feed_forward),
-        "decoder_block": partial(VSSBlock, ss2d=ss2d, feed_forward=partial(feed_forward, scales=ffn_scales)),
+        "block": blocks_of(partial(VSSBlock, ss2d=ss2d, feed_forward=feed_forward), mixer, ssm_mode),
+        "decoder_block": blocks_of(
+            partial(VSSBlock, ss2d=ss2d, feed_forward=partial(feed_forward, scales=ffn_scales)), mixer, ssm_mode
+        ),
         "up": partial(LargeKernelExpand, norm=expand_norm),
         "fuse": partial(ConcatSkip, ndim=ndim),
     }
@@ -197,12 +206,12 @@ def _faithful_unet(
     ``widths``, ``depths`` and ``decoder_depths`` count the VSS stages, ``strides`` and ``kernels`` the image too.
     """
     ndim, stages = len(strides[0]), len(widths)
+    where = places(strides, kernels, first=1, skipped=1)
     rates = drop_path_rates(depths, drop_path_rate)
     decoder_rates = [sorted(r, reverse=True) for r in drop_path_rates(decoder_depths, drop_path_rate)]
 
     def stage(i: int, scan_block: Callable[..., nn.Module], drop_paths: Sequence[float]) -> nn.Module:
-        blocks = (scan_block(widths[i], kernel_size=kernels[i + 1], drop_path=rate) for rate in drop_paths)
-        return ChannelsLast(*blocks)
+        return ChannelsLast(*(scan_block(widths[i], place=where[i], drop_path=rate) for rate in drop_paths))
 
     # The two halves of the stem's way, and of the head's way back: the finer one first.
     fine, coarse = _two_steps(strides[1])
@@ -275,5 +284,6 @@ SPEC = NetworkSpec(
         "drop_path_rate": 0.2,
     },
     presets={"small": {"base_features": 16, "depths": 1, "decoder_depths": 1, "drop_path_rate": 0.0}},
+    block_arguments=("d_state", "expand", "ffn_scales", "mlp_ratio", "routes"),
     adamw={"initial_lr": 5e-4, "weight_decay": 1e-3},
 )

@@ -10,7 +10,16 @@ from collections.abc import Callable, Sequence
 
 from torch import nn
 
-from medmamba.layers import ChannelsLast, ConvBlock, PatchExpand, PatchMerge, conv, conv_transpose, drop_path_rates
+from medmamba.layers import (
+    ChannelsLast,
+    ConvBlock,
+    PatchExpand,
+    PatchMerge,
+    conv,
+    conv_transpose,
+    drop_path_rates,
+    places,
+)
 
 from .unet import AddSkip, Decoder, Encoder, UNet
 
@@ -54,7 +63,7 @@ def native_unet(
         widths: per stage.
         depths: blocks per stage.
         decoder_depths: blocks per decoder level, finest first.
-        block: ``block(width, kernel_size=..., drop_path=...)``, (B, *spatial, width) channels last to the same.
+        block: ``block(width, place=..., drop_path=...)``, (B, *spatial, width) channels last to the same.
         decoder_block: the same in the decoder; default ``block``.
         first_scan: first stage with these blocks.
         drop_path_rate: stochastic depth, rising to this over the encoder's blocks and falling to 0 over the decoder's.
@@ -66,6 +75,7 @@ def native_unet(
             skip; default addition, which the levels of convolutions always use.
     """
     ndim, levels = len(strides[0]), len(strides) - 1
+    where = places(strides, kernels, first_scan)
     scan_depths = [depth if i >= first_scan else 0 for i, depth in enumerate(depths)]
     scan_decoder_depths = [depth if i >= first_scan else 0 for i, depth in enumerate(decoder_depths)]
     rates = drop_path_rates(scan_depths, drop_path_rate)
@@ -75,7 +85,7 @@ def native_unet(
     def stage(i: int, depth: int, drop_paths: Sequence[float], scan_block: Callable[..., nn.Module]) -> nn.Module:
         if i < first_scan:
             return nn.Sequential(*(ConvBlock(widths[i], widths[i], kernels[i]) for _ in range(depth)))
-        return ChannelsLast(*(scan_block(widths[i], kernel_size=kernels[i], drop_path=rate) for rate in drop_paths))
+        return ChannelsLast(*(scan_block(widths[i], place=where[i], drop_path=rate) for rate in drop_paths))
 
     def go_down(i: int) -> nn.Module:
         if i < first_scan:

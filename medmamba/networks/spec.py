@@ -36,8 +36,9 @@ class NetworkSpec:
         defaults: keyword arguments that the plans spell out so that a checkpoint stays readable when a default changes.
         presets: named sets of keyword arguments, on top of ``defaults``.
         adamw: what the paper says about AdamW: ``initial_lr``, ``weight_decay``, ``eps``; empty: nothing.
-        has_scans: the builder takes ``ssm_mode``, ``routes``, ``d_state`` and ``dt_init``. Without scans there is
-            nothing that a control could replace, and asking for one is an error.
+        has_scans: the builder takes ``ssm_mode``, ``mixer``, ``routes``, ``d_state`` and ``dt_init``. Without scans
+            there is nothing that a control or a mixer could replace, and asking for one is an error.
+        block_arguments: arguments that describe the network's own blocks, which a mixer replaces.
         published_strides: stride of every stage of the published network, which the faithful geometry keeps. A second
             entry of 4 is a patch embedding, which takes two downsamplings of a plan together.
     """
@@ -51,4 +52,5 @@ class NetworkSpec:
     presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     adamw: Mapping[str, float] = field(default_factory=dict)
     has_scans: bool = True
+    block_arguments: tuple[str, ...] = ("d_state", "expand", "routes")
     published_strides: tuple[int, ...] = (1, 4, 2, 2, 2)

@@ -28,12 +28,15 @@ from medmamba.layers import (
     VSSBlock,
     conv,
     drop_path_rates,
+    places,
 )
 from medmamba.mixers import get_core, initialise_step_sizes
 
 from .arguments import (
     MAX_FEATURES,
     VSS_ROUTES,
+    Mixer,
+    blocks_of,
     check_geometry,
     initialise_linear,
     kernels_of_stages,
@@ -60,6 +63,7 @@ def vmunet(
     decoder_depths: int | Sequence[int] | None = None,
     geometry: str = "native",
     ssm_mode: str = "scan",
+    mixer: Mixer = None,
     routes: str | Sequence[str] | None = None,
     d_state: int = 16,
     expand: float = 2.0,
@@ -84,6 +88,8 @@ def vmunet(
         decoder_depths: blocks per decoder level, finest first; default 2 native, (1, 2, 2, ...) faithful as published.
         geometry: "native" or "faithful".
         ssm_mode: "scan", or a control such as "identity" (the scan replaced, everything else kept).
+        mixer: name of a mixer (:mod:`medmamba.presets`), or a mapping with ``name`` and changed options, whose blocks
+            replace the network's own; arguments that describe those (routes, d_state, expand) then have no effect.
         routes: route set or list of routes; default raster6 in 3D, raster4 (VMamba's) in 2D.
         d_state: N, states per channel.
         expand: inner width of a block over its width.
@@ -109,7 +115,7 @@ def vmunet(
     network = vss_unet(
         input_channels,
         num_classes,
-        block=partial(VSSBlock, ss2d=partial(SS2D, core=core, expand=expand)),
+        block=blocks_of(partial(VSSBlock, ss2d=partial(SS2D, core=core, expand=expand)), mixer, ssm_mode),
         strides=strides,
         kernel_sizes=kernel_sizes,
         features_per_stage=features_per_stage,
@@ -146,7 +152,7 @@ def vss_unet(
     """VM-UNet's two shapes with any block, initialised as published: for papers that change the block only.
 
     Args:
-        block: ``block(width, kernel_size=..., drop_path=...)``, (B, *spatial, width) channels last to the same.
+        block: ``block(width, place=..., drop_path=...)``, (B, *spatial, width) channels last to the same.
 
     All other arguments, the result and the errors as :func:`vmunet`.
     """
@@ -162,7 +168,7 @@ def vss_unet(
             input_channels,
             num_classes,
             strides=strides,
-            kernels=kernels[1:],
+            kernels=kernels,
             widths=widths,
             depths=per_stage("depths", depths, stages),
             decoder_depths=per_stage(
@@ -267,11 +273,12 @@ class FaithfulVMUNet(nn.Module):
     ):
         super().__init__()
         ndim, stages = len(strides[0]), len(widths)
+        where = places(strides, kernels, first=1, skipped=1)
         rates = drop_path_rates(depths, drop_path_rate)
         decoder_rates = [sorted(r, reverse=True) for r in drop_path_rates(decoder_depths, drop_path_rate)]
 
         def stage(i: int, drop_paths: Sequence[float]) -> nn.Module:
-            return ChannelsLast(*(block(widths[i], kernel_size=kernels[i], drop_path=rate) for rate in drop_paths))
+            return ChannelsLast(*(block(widths[i], place=where[i], drop_path=rate) for rate in drop_paths))
 
         self.encoder = FaithfulEncoder(
             ChannelsLast(PatchEmbed(input_channels, widths[0], strides[1])),

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from medmamba.layers import SS2D, VSSBlock
-from medmamba.mixers import CORES
 from medmamba.mixers.scan import ScanCore
 from medmamba.networks import create_network
 from medmamba_kernels.testing import assert_close

@@ -1,0 +1,34 @@
+"""Long convolutions in the place of the depthwise convolution of a MedNeXt block."""
+
+from __future__ import annotations
+
+from .spec import MixerSpec, Source
+
+SPEC = MixerSpec(
+    name="longconv3d",
+    title="LongConv3D",
+    source=Source(
+        title="Simple Hardware-Efficient Long Convolutions for Sequence Modeling",
+        authors="Daniel Y. Fu et al.",
+        year=2023,
+        link="https://arxiv.org/abs/2302.06646",
+        code="HazyResearch/safari",
+    ),
+    summary="a global separable convolution with free, squashed kernels inside a MedNeXt block",
+    theirs=("a free kernel per axis and channel, squashed: what is smaller than a threshold is 0",),
+    changes=(
+        "outer products of kernels per axis",
+        "kernels of a fixed number of weights, stretched to the patch: nothing depends on its size",
+        "MedNeXt's block around it: norm, expansion, one residual",
+    ),
+    avoided=("a default threshold above all first weights, so that kernel and gradient are exactly 0",),
+    block={
+        "core": "global_conv",
+        "core_options": {"kernel": "free"},
+        "expand": None,
+        "local": None,
+        "norm": False,
+        "one_residual": True,
+        "channel_mix": "mlp",
+    },
+)
