@@ -62,12 +62,29 @@ def architecture_block(
             "from plans of nnU-Net's PlainConvUNet or ResEnc planners"
         )
     chosen = {**spec.defaults, **(options or {})}
+    if chosen.get("mixer") is not None:
+        chosen = {name: value for name, value in chosen.items() if name not in spec.block_arguments}
     arguments = {**_shape(planned, chosen, spec.published_strides), **chosen}
     return {
         "network_class_name": spec.build,
         "arch_kwargs": json.loads(json.dumps(arguments)),
         "_kw_requires_import": [],
     }
+
+
+def placed_mixer(mixer: str | Mapping[str, Any], configuration: Mapping[str, Any]) -> str | dict[str, Any]:
+    """A mixer with the spacing of a configuration, which some of its cores want to know.
+
+    Args:
+        mixer: its name, or a mapping with ``name`` and options; a spacing in it stays.
+        configuration: of the plans. One without a spacing of its own leaves the mixer as it is.
+    """
+    options = {"name": mixer} if isinstance(mixer, str) else dict(mixer)
+    if "spacing" not in configuration:
+        return mixer if isinstance(mixer, str) else options
+    # A 2D configuration has the spacing of the image in the plane.
+    spacing = list(configuration["spacing"])[-len(configuration["patch_size"]) :]
+    return {"spacing": spacing, **options}
 
 
 def build_network(block: Mapping[str, Any], input_channels: int, num_classes: int) -> nn.Module:

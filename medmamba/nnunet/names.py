@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
+from medmamba.presets import MIXERS
+
 #: nnU-Net >= 2.8 searches the folders in this variable (separated by ``os.pathsep``) for trainers.
 EXT_TRAINER = "nnUNet_extTrainer"
 
@@ -22,6 +24,9 @@ HOUSE_NAMES = {
 
 #: Networks without a scan, so without controls (``NetworkSpec.has_scans``, repeated to keep this file light).
 WITHOUT_SCANS = frozenset({"mednext"})
+
+#: Suffix of a trainer name -> mixer in the place of the network's own blocks.
+MIXER_SUFFIXES = {f"_{spec.title}": name for name, spec in MIXERS.items()}
 
 #: Suffixes of a trainer name, in the order in which they are combined. Other schedules are data in the plans.
 CONTROLS = {
@@ -41,12 +46,14 @@ class TrainerVariant:
 
     Attributes:
         network: registry name.
+        mixer: registry name of the mixer that replaces the network's own blocks; None: as the plans say.
         ssm_mode: the control that replaces the scan; None: as the plans say.
         is_finetuning: the schedule of the plans, changed for weights that are not random.
         epochs: number of epochs; None: as the plans say.
     """
 
     network: str
+    mixer: str | None = None
     ssm_mode: str | None = None
     is_finetuning: bool = False
     epochs: int | None = None
@@ -64,23 +71,27 @@ def trainer_name(network: str) -> str:
 
 def _trainer_variants() -> dict[str, TrainerVariant]:
     variants = {}
+    none: dict[str, str | None] = {"": None}
     for network in HOUSE_NAMES:
-        controls = {"": None} if network in WITHOUT_SCANS else {"": None, **CONTROLS}
-        for control, finetuning, schedule in product(controls, ("", FINETUNING), ("", *SHORT_SCHEDULES)):
-            variants[trainer_name(network) + control + finetuning + schedule] = TrainerVariant(
-                network, controls[control], bool(finetuning), SHORT_SCHEDULES.get(schedule)
+        has_scans = network not in WITHOUT_SCANS
+        controls = {**none, **(CONTROLS if has_scans else {})}
+        mixers = {**none, **(MIXER_SUFFIXES if has_scans else {})}
+        suffixes = product(mixers, controls, ("", FINETUNING), ("", *SHORT_SCHEDULES))
+        for mixer, control, finetuning, schedule in suffixes:
+            variants[trainer_name(network) + mixer + control + finetuning + schedule] = TrainerVariant(
+                network, mixers[mixer], controls[control], bool(finetuning), SHORT_SCHEDULES.get(schedule)
             )
     return variants
 
 
-#: Every trainer that medmamba offers. ``trainers.TRAINERS`` holds the classes under the same names.
+#: Every trainer that medmamba offers. ``trainers.TRAINERS`` makes the classes under the same names.
 TRAINER_VARIANTS = _trainer_variants()
 
 #: The same for readers, who would get lost in the full list.
 TRAINER_NAMES_IN_WORDS = (
-    f"{', '.join(map(trainer_name, HOUSE_NAMES))}; each may be followed by one of {', '.join(CONTROLS)} "
-    f"(not {', '.join(map(trainer_name, sorted(WITHOUT_SCANS)))}), by {FINETUNING} and by one of "
-    f"{', '.join(SHORT_SCHEDULES)}, in this order"
+    f"{', '.join(map(trainer_name, HOUSE_NAMES))}; each may be followed by a mixer ({', '.join(MIXER_SUFFIXES)}) and "
+    f"by one of {', '.join(CONTROLS)} (neither for {', '.join(map(trainer_name, sorted(WITHOUT_SCANS)))}), "
+    f"by {FINETUNING} and by one of {', '.join(SHORT_SCHEDULES)}, in this order"
 )
 
 

@@ -9,7 +9,7 @@ is installed, with no trainer of ours to be found and no variable to be set.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import replace
@@ -25,7 +25,13 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import nn
 
 from medmamba.nnunet import optimisation
-from medmamba.nnunet.architecture import ArchitectureError, architecture_block, check_patch, network_of
+from medmamba.nnunet.architecture import (
+    ArchitectureError,
+    architecture_block,
+    check_patch,
+    network_of,
+    placed_mixer,
+)
 from medmamba.nnunet.guard import NonFiniteGradientsError, NonFiniteLossError, dump, refuse_non_finite_gradients
 from medmamba.nnunet.lasting import LastingTrainer
 from medmamba.nnunet.names import TRAINER_VARIANTS, TrainerVariant, trainer_name
@@ -47,7 +53,7 @@ class MambaTrainer(LastingTrainer):
         device: torch.device = torch.device("cuda"),  # noqa: B008 (the signature of nnU-Net)
     ) -> None:
         super().__init__(
-            plans_with_network(plans, configuration, self.variant.network, self.variant.ssm_mode),
+            plans_with_network(plans, configuration, self.variant),
             configuration,
             fold,
             dataset_json,
@@ -78,8 +84,7 @@ class MambaTrainer(LastingTrainer):
         enable_deep_supervision: bool = True,
     ) -> nn.Module:
         """The network of the plans when it is ours, else ours in the shape of the plans (also used in prediction)."""
-        planned = configuration_manager.configuration["architecture"]
-        block = own_block(planned, cls.variant.network, cls.variant.ssm_mode)
+        block = own_block(configuration_manager.configuration, cls.variant)
         network: nn.Module = get_network_from_plans(
             block["network_class_name"],
             block["arch_kwargs"],
@@ -175,10 +180,33 @@ def _trainer(name: str, variant: TrainerVariant) -> type[MambaTrainer]:
     return type(name, (MambaTrainer,), {"variant": variant, "__module__": __name__})
 
 
-#: Every trainer by its name, e.g. ``nnUNetTrainerVMUNet`` and ``nnUNetTrainerVMUNet_Identity_50epochs``.
-TRAINERS = {name: _trainer(name, variant) for name, variant in TRAINER_VARIANTS.items()}
-# nnU-Net and pickle look trainers up by the name of their module.
-globals().update(TRAINERS)
+class _Trainers(Mapping[str, type[MambaTrainer]]):
+    """The classes, each made when it is first asked for: there are thousands of names."""
+
+    def __init__(self) -> None:
+        self._made: dict[str, type[MambaTrainer]] = {}
+
+    def __getitem__(self, name: str) -> type[MambaTrainer]:
+        if name not in self._made:
+            self._made[name] = _trainer(name, TRAINER_VARIANTS[name])
+        return self._made[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(TRAINER_VARIANTS)
+
+    def __len__(self) -> int:
+        return len(TRAINER_VARIANTS)
+
+
+#: Every trainer by its name, e.g. ``nnUNetTrainerVMUNet`` and ``nnUNetTrainerVMUNet_Vim3D_Identity_50epochs``.
+TRAINERS = _Trainers()
+
+
+def __getattr__(name: str) -> type[MambaTrainer]:
+    # nnU-Net and pickle look trainers up by the name of their module.
+    if name in TRAINERS:
+        return TRAINERS[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def schedule_of(plans: dict[str, Any], variant: TrainerVariant) -> Schedule:
@@ -193,40 +221,40 @@ def schedule_of(plans: dict[str, Any], variant: TrainerVariant) -> Schedule:
     return schedule.for_finetuning() if variant.is_finetuning else schedule
 
 
-def own_block(block: dict[str, Any], network: str, ssm_mode: str | None = None) -> dict[str, Any]:
-    """The architecture block itself when it names ``network``, else one derived from it.
+def own_block(configuration: Mapping[str, Any], variant: TrainerVariant) -> dict[str, Any]:
+    """The architecture block of a configuration when it names the variant's network, else one derived from it.
 
     Args:
-        block: of the plans.
-        network: registry name.
-        ssm_mode: the control to build in place of what the block says.
+        configuration: of the plans, with what it inherits.
+        variant: what the name of the trainer says; its mixer and control replace those of the block.
 
     Raises:
         ArchitectureError: the block names another network of medmamba, or has no strides.
     """
-    options = {} if ssm_mode is None else {"ssm_mode": ssm_mode}
+    block = configuration["architecture"]
+    options: dict[str, Any] = {} if variant.ssm_mode is None else {"ssm_mode": variant.ssm_mode}
+    if variant.mixer is not None:
+        options["mixer"] = placed_mixer(variant.mixer, configuration)
     named = network_of(block)
     if named is None:
-        return architecture_block(network, block, options)
-    if named != network:
+        return architecture_block(variant.network, block, options)
+    if named != variant.network:
         raise ArchitectureError(
-            f"the plans were made for the network {named}, the trainer trains {network}; use {trainer_name(named)}, or "
-            f"plans from `medmamba plan --network {network}`"
+            f"the plans were made for the network {named}, the trainer trains {variant.network}; use "
+            f"{trainer_name(named)}, or plans from `medmamba plan --network {variant.network}`"
         )
     return {**block, "arch_kwargs": {**block["arch_kwargs"], **options}}
 
 
-def plans_with_network(
-    plans: dict[str, Any], configuration: str, network: str, ssm_mode: str | None = None
-) -> dict[str, Any]:
-    """A copy of the plans in which ``configuration`` names ``network``; the caller's plans stay as they are.
+def plans_with_network(plans: dict[str, Any], configuration: str, variant: TrainerVariant) -> dict[str, Any]:
+    """A copy of the plans in which ``configuration`` names the variant's network; the caller's plans stay as they are.
 
     Raises:
         ArchitectureError: the plans were made for another network, or the patch does not fit the strides.
     """
     plans = deepcopy(plans)
     manager = PlansManager(plans).get_configuration(configuration)
-    block = own_block(manager.configuration["architecture"], network, ssm_mode)
+    block = own_block(manager.configuration, variant)
     check_patch(manager.patch_size, block["arch_kwargs"]["strides"])
     plans["configurations"][configuration]["architecture"] = block
     return plans

@@ -16,10 +16,17 @@ from pydoc import locate
 from typing import Any
 
 from medmamba.networks import SCAN_ARGUMENTS, get_spec
-from medmamba.nnunet.architecture import ArchitectureError, architecture_block, check_patch, network_of
+from medmamba.nnunet.architecture import (
+    ArchitectureError,
+    architecture_block,
+    check_patch,
+    network_of,
+    placed_mixer,
+)
 from medmamba.nnunet.errors import UserFacingError
 from medmamba.nnunet.names import plans_name
 from medmamba.nnunet.schedule import Schedule
+from medmamba.presets import get_mixer
 
 #: Budgets in GB of GPU memory, with the names of nnU-Net's ResEnc presets of the same budget.
 PRESETS = {"M": 8.0, "L": 24.0, "XL": 40.0}
@@ -32,7 +39,7 @@ DT_INITS = ("default", "route")
 
 
 #: Options that become part of the name of the plans, unless they are the usual ones.
-_NAMED = {"geometry": "native", "ssm_mode": "scan", "routes": None}
+_NAMED = {"geometry": "native", "mixer": None, "ssm_mode": "scan", "routes": None}
 
 #: Arguments of every network that are not the user's to choose.
 _PLANNED = frozenset({"input_channels", "num_classes", "strides", "kernel_sizes", "deep_supervision", "dt_init"})
@@ -91,6 +98,7 @@ class Request:
                 f"network {self.network} has no scans, so there is no {', '.join(surplus)} to choose; leave it out, or "
                 "plan a network with scans"
             )
+        self._check_mixer()
         if self.batch_size is not None and self.batch_size < 1:
             raise PlanError(f"batch size {self.batch_size} is not possible; use 1 or more (2 or more with few cases)")
         reserved = sorted(_PLANNED & self.options.keys())
@@ -102,6 +110,27 @@ class Request:
             raise PlanError(
                 f"plans name {self.plans_name!r} contains '__' or '/', which nnU-Net uses as separators; rename"
             )
+
+    def _check_mixer(self) -> None:
+        mixer = self.options.get("mixer")
+        if mixer is None:
+            return
+        own = [name for name in get_spec(self.network).block_arguments if name in self.options]
+        if own:
+            raise PlanError(
+                f"{', '.join(own)} say something of the blocks that the mixer replaces; leave it out, or change the "
+                "mixer's own options (--mixer-set)"
+            )
+        if self.name is None and not isinstance(mixer, str):
+            raise PlanError("a mixer with options is an experiment of its own; name its plans with --plans-name")
+        try:
+            get_mixer(mixer if isinstance(mixer, str) else mixer.get("name", ""))
+        except KeyError as error:
+            raise PlanError(error.args[0]) from error
+
+    def _mixer_title(self) -> str | None:
+        mixer = self.options.get("mixer")
+        return get_mixer(mixer).title if isinstance(mixer, str) else None
 
     def _check_budget(self, variants: Mapping[str, Any]) -> None:
         if self.preset is not None and self.preset not in PRESETS:
@@ -122,7 +151,8 @@ class Request:
         """The identifier: as asked, or the network with the choices that make it another experiment."""
         if self.name is not None:
             return self.name
-        chosen = [self.variant, *(self.options.get(name, default) for name, default in _NAMED.items())]
+        spelled: dict[str, Any] = {**self.options, "mixer": self._mixer_title()}
+        chosen: list[Any] = [self.variant, *(spelled.get(name, default) for name, default in _NAMED.items())]
         if self.dt_init != "default":
             chosen.append(f"dt_{self.dt_init}")
         chosen.append(self._budget_name())
@@ -238,6 +268,8 @@ def _derive_configuration(configuration: dict[str, Any], request: Request) -> No
             f"the plans to start from were made for the network {named}; start from nnU-Net's own (--from nnUNetPlans)"
         )
     options = {**request.network_options, **_dt_options(configuration, request)}
+    if options.get("mixer") is not None:
+        options["mixer"] = placed_mixer(options["mixer"], configuration)
     block = architecture_block(request.network, configuration["architecture"], options)
     if "patch_size" in configuration:
         check_patch(configuration["patch_size"], block["arch_kwargs"]["strides"])

@@ -28,11 +28,13 @@ _DECIDED: dict[str, Any] = {
     "variant": None,
     "geometry": None,
     "ssm_mode": None,
+    "mixer": None,
+    "mixer_arguments": [],
     "routes": None,
     "arguments": [],
     "dt_init": "default",
 }
-_SPELLED = {"arguments": "--set"}
+_SPELLED = {"arguments": "--set", "mixer_arguments": "--mixer-set"}
 
 
 def run_like(arguments: argparse.Namespace) -> int:

@@ -47,6 +47,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--variant", metavar="NAME", help="named set of arguments of the network, e.g. small")
     parser.add_argument("--geometry", help="native (nnU-Net's stages; default) or faithful (the published shape)")
     parser.add_argument("--ssm-mode", help="scan (default), or a control such as identity")
+    parser.add_argument("--mixer", metavar="NAME", help="blocks of a published mixer in the place of the network's own")
+    parser.add_argument(
+        "--mixer-set",
+        dest="mixer_arguments",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="an option of the mixer, e.g. merge=mean; may be repeated",
+    )
     parser.add_argument("--routes", nargs="+", metavar="ROUTE", help="a route set, or routes, in place of the default")
     parser.add_argument(
         "--set",
@@ -201,6 +210,7 @@ def _request(arguments: argparse.Namespace) -> Request:
     if arguments.arguments and arguments.plans_name is None:
         raise CommandError("--set makes an experiment of its own; name its plans with --plans-name")
     options |= dict(_argument(text) for text in arguments.arguments)
+    options["mixer"] = _mixer(arguments)
     if arguments.routes is not None:
         options["routes"] = arguments.routes[0] if len(arguments.routes) == 1 else arguments.routes
     return Request(
@@ -218,11 +228,22 @@ def _request(arguments: argparse.Namespace) -> Request:
     )
 
 
-def _argument(text: str) -> tuple[str, Any]:
-    """``NAME=VALUE`` of ``--set``; the value is JSON, or else a string."""
+def _mixer(arguments: argparse.Namespace) -> str | dict[str, Any] | None:
+    """The mixer and its options as a network takes them."""
+    if not arguments.mixer_arguments:
+        mixer: str | None = arguments.mixer
+        return mixer
+    if arguments.mixer is None:
+        raise CommandError("--mixer-set changes a mixer; name it with --mixer")
+    given = (_argument(text, "--mixer-set", "merge=mean") for text in arguments.mixer_arguments)
+    return {"name": arguments.mixer, **dict(given)}
+
+
+def _argument(text: str, option: str = "--set", example: str = "d_state=8") -> tuple[str, Any]:
+    """``NAME=VALUE`` of an option; the value is JSON, or else a string."""
     name, equals, value = text.partition("=")
     if not (name.isidentifier() and equals):
-        raise CommandError(f"--set {text} is not NAME=VALUE, e.g. --set d_state=8")
+        raise CommandError(f"{option} {text} is not NAME=VALUE, e.g. {option} {example}")
     try:
         return name, json.loads(value)
     except ValueError:

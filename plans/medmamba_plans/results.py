@@ -184,6 +184,9 @@ def _network(
     mode = ""
     if name is not None and get_spec(name).has_scans:
         mode = block["arch_kwargs"].get("ssm_mode", "scan")
+        mixer = block["arch_kwargs"].get("mixer")
+        if mixer is not None:
+            name = f"{name}+{mixer if isinstance(mixer, str) else mixer['name']}"
     with torch.device("meta"):
         network = build_network(block, *network_ends(plans, configuration, dataset))
     parameters = sum(parameter.numel() for parameter in network.parameters())

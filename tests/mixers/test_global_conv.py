@@ -106,6 +106,30 @@ def test_an_image_is_a_volume_with_one_slice(kernel):
     torch.testing.assert_close(core(u, (1, 4, 5)), volume(u, (1, 4, 5)))
 
 
+@pytest.mark.parametrize(
+    ("axes", "grid"), [((0,), (4, 3, 2)), ((0, 2), (3, 2, 4)), ((1,), (2, 1, 3)), ((0,), (1, 3, 2))]
+)
+def test_axes_that_are_left_out_are_not_mixed(axes, grid):
+    core = make(axes=axes, rank=2)
+    u = tokens(grid)
+    kernels = dict(zip(axes, core.axis_kernels(grid), strict=True))
+    matrices = [
+        torch.stack([toeplitz(kernels[axis][r]) for r in range(2)])
+        if axis in kernels
+        else torch.eye(n, dtype=torch.float64).expand(2, u.shape[-1], n, n)
+        for axis, n in enumerate(grid)
+    ]
+    volume = u.unflatten(1, grid)
+    mixed = torch.einsum("re,reai,rebj,reck,nijke->nabce", core.gain, *matrices, volume)
+    torch.testing.assert_close(core(u, grid), mixed.flatten(1, 3) + core.D * u)
+
+
+@pytest.mark.parametrize("axes", [(), (3,), (-1,)])
+def test_axes_that_an_image_does_not_have_are_refused(axes):
+    with pytest.raises(ValueError, match="axes must name some of the 3 axes"):
+        make(axes=axes)
+
+
 @every_kernel
 @pytest.mark.parametrize("rank", [1, 4])
 def test_white_noise_keeps_its_mean_square_at_any_size(kernel, rank):

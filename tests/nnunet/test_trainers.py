@@ -11,13 +11,16 @@ import numpy as np
 import pytest
 import torch
 
+from medmamba.layers import VSSBlock
 from medmamba.mixers import CONTROLS, CORES
+from medmamba.mixers.block import MixerBlock
 from medmamba.networks import NETWORKS
 from medmamba.nnunet.architecture import ArchitectureError, network_of
 from medmamba.nnunet.guard import NonFiniteLossError
 from medmamba.nnunet.names import TRAINER_VARIANTS, trainer_name
 from medmamba.nnunet.schedule import ScheduleError
 from medmamba.nnunet.trainers import TRAINERS
+from medmamba.presets import MIXERS
 
 
 @pytest.fixture
@@ -45,8 +48,11 @@ def test_names_and_classes_agree():
 
 def test_every_network_and_every_control_has_a_trainer():
     modes = {(variant.network, variant.ssm_mode) for variant in TRAINER_VARIANTS.values()}
-    replaced = [None, *CONTROLS]
-    assert modes == {(n, mode) for n, spec in NETWORKS.items() for mode in (replaced if spec.has_scans else [None])}
+    controls = [None, *CONTROLS]
+    assert modes == {(n, mode) for n, spec in NETWORKS.items() for mode in (controls if spec.has_scans else [None])}
+    mixers = {(variant.network, variant.mixer) for variant in TRAINER_VARIANTS.values()}
+    every = [None, *MIXERS]
+    assert mixers == {(n, mixer) for n, spec in NETWORKS.items() for mixer in (every if spec.has_scans else [None])}
 
 
 @pytest.mark.parametrize("plans", ["stock_plans", "tiny_plans"])
@@ -60,6 +66,23 @@ def test_a_control_in_the_name_replaces_the_scan(plans, make_trainer, request):
     assert CORES["identity"] in modes["nnUNetTrainerVMUNet_Identity"]
     built = trainer.plans_manager.plans["configurations"]["3d_fullres"]["architecture"]
     assert built["arch_kwargs"]["ssm_mode"] == "identity"
+
+
+@pytest.mark.parametrize("plans", ["stock_plans", "tiny_plans"])
+def test_a_mixer_in_the_name_replaces_the_blocks_and_knows_the_spacing(plans, make_trainer, request):
+    trainer = make_trainer("nnUNetTrainerVMUNet_GroupMamba3D_Identity", request.getfixturevalue(plans))
+    trainer.initialize()
+    kinds = {type(module) for module in trainer.network.modules()}
+    assert MixerBlock in kinds
+    assert CORES["identity"] in kinds
+    assert not kinds & {VSSBlock, CORES["scan"]}
+    written = trainer.plans_manager.plans["configurations"]["3d_fullres"]
+    mixer = {"name": "groupmamba3d", "spacing": written["spacing"]}
+    assert written["architecture"]["arch_kwargs"]["mixer"] == mixer
+    again = type(trainer).build_network_architecture(
+        trainer.plans_manager, trainer.configuration_manager, 1, 3, enable_deep_supervision=False
+    )
+    again.load_state_dict(trainer.network.state_dict())
 
 
 def test_a_finetuning_trainer_starts_slowly(make_trainer, tiny_plans):

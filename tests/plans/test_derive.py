@@ -68,12 +68,29 @@ def test_nnunet_builds_every_configuration_from_the_written_file(file, load_plan
             Request("mednextmamba", variant="S", options={"ssm_mode": "identity"}),
             "nnUNetMedMambaMedNeXtMambaSIdentityPlans",
         ),
+        (Request("vmunet", options={"mixer": "vim3d"}), "nnUNetMedMambaVMUNetVim3DPlans"),
+        (
+            Request("mhsvm", variant="small", options={"mixer": "s4nd3d", "ssm_mode": "identity"}),
+            "nnUNetMedMambaMHSVMSmallS4ND3DIdentityPlans",
+        ),
         (Request("vmunet", variant="small", name="Mine"), "Mine"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_every_experiment_has_a_name_of_its_own(request_, expected):
     assert request_.plans_name == expected
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_mixer_replaces_what_describes_the_own_blocks_and_knows_the_spacing(file, load_plans):
+    request = Request("msvmunet", variant="small", options={"mixer": "vmamba3d"})
+    for configuration in derive_plans(load_plans(file), request)["configurations"].values():
+        if "architecture" not in configuration:
+            continue
+        arguments = configuration["architecture"]["arch_kwargs"]
+        assert arguments["mixer"] == {"name": "vmamba3d", "spacing": configuration["spacing"]}
+        assert len(arguments["mixer"]["spacing"]) == len(configuration["patch_size"])
+        assert not {"d_state", "expand", "mlp_ratio", "ffn_scales", "routes"} & arguments.keys()
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -152,6 +169,14 @@ def test_chosen_configurations_bring_what_they_need_and_leave_nothing_dangling(w
         ({"configurations": ["3d_lowres"]}, "no configuration 3d_lowres; known: 2d, 3d_fullres"),
         ({"name": "a__b"}, "contains '__' or '/'"),
         ({"network": "mednext", "options": {"ssm_mode": "identity"}}, "mednext has no scans, so there is no ssm_mode"),
+        ({"options": {"mixer": "vim"}}, "no mixer 'vim'; known: .*vim3d"),
+        ({"options": {"mixer": {"name": "vim3d", "merge": "sum"}}}, "name its plans with --plans-name"),
+        (
+            {"options": {"mixer": {"name": "vim3d", "corn": 1}}, "name": "P"},
+            "a block has no option corn; known: .*core",
+        ),
+        ({"options": {"mixer": "vim3d", "routes": "raster2"}}, "routes say something of the blocks that the mixer"),
+        ({"network": "mednext", "options": {"mixer": "vim3d"}}, "mednext has no scans, so there is no mixer"),
         ({"network": "mednext", "dt_init": "route"}, "mednext has no scans, so there is no dt_init"),
     ],
     ids=str,

@@ -67,6 +67,15 @@ def test_step_sizes_per_route_make_plans_of_their_own(dataset):
     assert not (dataset / "nnUNetMedMambaVMUNetSmallPlans.json").exists()
 
 
+def test_a_mixer_and_its_options_go_into_the_plans(dataset):
+    options = ["--mixer", "vim3d", "--mixer-set", "merge=sum", "--mixer-set", "d_state=4", "--plans-name", "Mine"]
+    assert main(["plan", "-d", "901", *SMALL, *options]) == 0
+    configuration = json.loads((dataset / "Mine.json").read_text())["configurations"]["3d_fullres"]
+    spacing = configuration["spacing"]
+    expected = {"name": "vim3d", "merge": "sum", "d_state": 4, "spacing": spacing}
+    assert configuration["architecture"]["arch_kwargs"]["mixer"] == expected
+
+
 def test_planning_again_replaces_and_says_so(dataset, capsys):
     for word, batch in (("wrote", 2), ("replaced", 3)):
         assert main(["plan", "-d", "901", *SMALL, "--batch-size", str(batch)]) == 0
@@ -100,6 +109,9 @@ def test_other_stock_plans_can_be_the_start(dataset, load_plans, assert_refused)
         ("-d 901 --network vmunet --variant XXL", "no variant 'XXL'; known: .*small"),
         ("-d 901 --network vmunet --geometry round", "'round'; known: native, faithful"),
         ("-d 901 --network vmunet --ssm-mode magic", "'magic'; known: .*identity"),
+        ("-d 901 --network vmunet --mixer vim", "no mixer 'vim'; known: .*vim3d"),
+        ("-d 901 --network vmunet --mixer-set merge=mean", "--mixer-set changes a mixer; name it with --mixer"),
+        ("-d 901 --network vmunet --mixer vim3d --mixer-set merge", "--mixer-set merge is not NAME=VALUE"),
         ("-d 901 --network vmunet --routes zigzag", "'zigzag'; known: .*raster6"),
         ("-d 901 --network vmunet --patch-size 40 50 40", "axis 1 must be a multiple of 8, not 50; use 48 or 56"),
         ("-d 901 --network vmunet -c 3d_lowres", "no configuration 3d_lowres; known: 2d, 3d_fullres"),
