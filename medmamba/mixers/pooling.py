@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -12,5 +14,10 @@ def sum_over_tokens(weights: Tensor, tokens: Tensor) -> Tensor:
     float16 cannot hold a sum of so many tokens, nor the weights of their mean.
     """
     wide = torch.promote_types(tokens.dtype, torch.float32)
-    with torch.autocast(tokens.device.type, enabled=False):
+    with _without_autocast(tokens):
         return weights.to(wide).mT @ tokens.to(wide)
+
+
+def _without_autocast(x: Tensor) -> AbstractContextManager[object]:
+    # The meta device, on which networks are counted, knows no autocast.
+    return nullcontext() if x.device.type == "meta" else torch.autocast(x.device.type, enabled=False)

@@ -104,7 +104,8 @@ class SpatialCore(RoutedScan):
         States of masked tokens are zeros to the convolutions.
         """
         u = keep(u, mask)
-        fused = self.state_fusion(self.states(u, grid, mask), grid)
+        # The scan answers float16 in float32, which convolutions of a module in half precision do not take.
+        fused = self.state_fusion(self.states(u, grid, mask).to(u.dtype), grid)
         return keep(fused * F.linear(u, self.C_proj) + u * self.D, mask)
 
     def states(self, u: Tensor, grid: tuple[int, int, int], mask: Tensor | None = None) -> Tensor:

@@ -12,6 +12,7 @@ from torch import nn
 
 from medmamba.diagnostics import Footprint, MemoryModel, footprint, operations
 from medmamba.diagnostics.footprint import segmentation_loss
+from medmamba.mixers import CONTROLS, CORES, RoutedScan, placed_scans
 from medmamba.networks import NETWORKS, create_network
 from medmamba_kernels import selective_scan
 from medmamba_kernels.backends import assume_backend, choose_backend
@@ -50,6 +51,16 @@ def test_what_is_counted_is_what_autograd_keeps(name):
     assert counted.kept == really_kept(network, torch.randn(1, 1, 16, 24, 16))
     assert counted.parameters == sum(p.numel() for p in network.parameters())
     assert counted.kept < counted.peak < 3 * counted.kept
+
+
+@pytest.mark.parametrize("mode", sorted(set(CORES) - {"scan", *CONTROLS}))
+def test_a_network_with_another_core_is_counted_without_data(mode):
+    network = create_network("vmunet", 1, 3, strides=STRIDES, **SMALL, d_state=2, ssm_mode=mode)
+    counted = footprint(network, 1, (16, 24, 16), device="cpu")
+    assert counted.kept == really_kept(network, torch.randn(1, 1, 16, 24, 16))
+    macs = operations(network, 1, (16, 24, 16))
+    is_scan = issubclass(CORES[mode], RoutedScan)
+    assert (macs.scans > 0) == is_scan == (counted.kept_by_scans > 0) == bool(placed_scans(network, 1, (16, 24, 16)))
 
 
 def test_counting_needs_no_memory_and_leaves_the_network_as_it_was():

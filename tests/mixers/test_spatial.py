@@ -121,6 +121,15 @@ def test_evaluation_after_training_uses_the_current_weights():
     assert not torch.allclose(after, before)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_gives_what_double_precision_gives(dtype):
+    core, u = make(routes=("dhw", "dhw:reverse")).to(dtype), tokens((3, 4, 5)).to(dtype)
+    y = core(u, (3, 4, 5))
+    expected = core.double()(u.double(), (3, 4, 5))
+    assert y.dtype == dtype
+    assert (y - expected).square().mean().sqrt() < 0.03 * expected.square().mean().sqrt()
+
+
 def test_a_state_reaches_as_far_as_the_largest_dilation():
     core = make(1)
     h = torch.zeros(1, 13**3, 1, dtype=torch.float64)
