@@ -12,6 +12,7 @@ from medmamba.layers.parameters import exempt_from_decay
 
 from .mask import keep
 from .pooling import sum_over_tokens
+from .precision import at_least_float32, float16_in_float32
 from .step_sizes import DtRange
 from .volume import TokenConv
 
@@ -61,11 +62,15 @@ class HiddenStateMixerCore(nn.Module):
         self.D = exempt_from_decay(nn.Parameter(torch.ones(1))) if skip else None
 
     def forward(self, u: Tensor, grid: tuple[int, int, int], *, mask: Tensor | None = None) -> Tensor:
-        """(B, L, E) tokens in the raster order of ``grid`` -> (B, L, E); ``mask``: see :mod:`medmamba.mixers`."""
-        u = keep(u, mask)
-        B, C, dt = self.local(self.proj(u), grid).chunk(3, dim=-1)
-        latents = self.mix(sum_over_tokens(_shares(dt, mask) * B, u).to(u.dtype))
-        return keep(C @ latents.to(C.dtype), mask)
+        """(B, L, E) tokens in the raster order of ``grid`` -> (B, L, E); ``mask``: see :mod:`medmamba.mixers`.
+
+        Answers float16 in float32.
+        """
+        u, precision = float16_in_float32(keep(u, mask), self.proj.weight)
+        with precision:
+            B, C, dt = self.local(self.proj(u), grid).chunk(3, dim=-1)
+            latents = self.mix(sum_over_tokens(_shares(dt, mask) * B, u).to(u.dtype))
+            return keep(C @ latents.to(C.dtype), mask)
 
     def mix(self, latents: Tensor) -> Tensor:
         """Gated mixing of the channels of each latent, (B, N, E) -> (B, N, E)."""
@@ -79,7 +84,7 @@ class HiddenStateMixerCore(nn.Module):
 
 def _shares(dt: Tensor, mask: Tensor | None) -> Tensor:
     """Softmax over the tokens that take part, (B, L, N) in float32 or float64; 0 for the others."""
-    dt = dt.to(torch.promote_types(dt.dtype, torch.float32))
+    dt = at_least_float32(dt)
     if mask is not None:
         # Finite, for a gradient without NaN where a sample has no token at all.
         dt = dt.masked_fill(~mask.unsqueeze(-1), torch.finfo(dt.dtype).min)

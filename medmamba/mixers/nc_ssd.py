@@ -12,6 +12,7 @@ from medmamba.layers.parameters import exempt_from_decay
 
 from .mask import keep
 from .pooling import sum_over_tokens
+from .precision import float16_in_float32
 from .ssd import HEAD_WIDTH, heads_of
 from .step_sizes import DtRange, inverse_softplus_of_log_uniform
 from .volume import TokenConv
@@ -72,11 +73,15 @@ class NonCausalCore(nn.Module):
         self.D = exempt_from_decay(nn.Parameter(torch.ones(self.heads)))
 
     def forward(self, u: Tensor, grid: tuple[int, int, int], *, mask: Tensor | None = None) -> Tensor:
-        """(B, L, E) tokens in the raster order of ``grid`` -> (B, L, E); ``mask``: see :mod:`medmamba.mixers`."""
-        u = keep(u, mask)
-        B, C = self.act(self.local(self.proj(u), grid)).chunk(2, dim=-1)
-        state = sum_over_tokens(B, self._weighted(u, mask)).to(C.dtype)
-        return keep(C @ state + u * self._per_channel(self.D), mask)
+        """(B, L, E) tokens in the raster order of ``grid`` -> (B, L, E); ``mask``: see :mod:`medmamba.mixers`.
+
+        Answers float16 in float32.
+        """
+        u, precision = float16_in_float32(keep(u, mask), self.proj.weight)
+        with precision:
+            B, C = self.act(self.local(self.proj(u), grid)).chunk(2, dim=-1)
+            state = sum_over_tokens(B, self._weighted(u, mask)).to(C.dtype)
+            return keep(C @ state + u * self._per_channel(self.D), mask)
 
     def _weighted(self, u: Tensor, mask: Tensor | None) -> Tensor:
         """Tokens times their share of the weight of all, per head; (B, L, E) in float32 or float64."""

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-
-import torch
 from torch import Tensor
+
+from .precision import at_least_float32, full_precision
 
 
 def sum_over_tokens(weights: Tensor, tokens: Tensor) -> Tensor:
@@ -13,11 +12,5 @@ def sum_over_tokens(weights: Tensor, tokens: Tensor) -> Tensor:
 
     float16 cannot hold a sum of so many tokens, nor the weights of their mean.
     """
-    wide = torch.promote_types(tokens.dtype, torch.float32)
-    with _without_autocast(tokens):
-        return weights.to(wide).mT @ tokens.to(wide)
-
-
-def _without_autocast(x: Tensor) -> AbstractContextManager[object]:
-    # The meta device, on which networks are counted, knows no autocast.
-    return nullcontext() if x.device.type == "meta" else torch.autocast(x.device.type, enabled=False)
+    with full_precision(tokens):
+        return at_least_float32(weights).mT @ at_least_float32(tokens)

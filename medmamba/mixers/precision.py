@@ -14,6 +14,17 @@ def full_precision(u: Tensor) -> AbstractContextManager[object]:
     return nullcontext() if u.device.type == "meta" else torch.autocast(u.device.type, enabled=False)
 
 
+def float16_in_float32(u: Tensor, weight: Tensor) -> tuple[Tensor, AbstractContextManager[object]]:
+    """Input, and what to compute in: float32 without autocast for float16, everything else as it is.
+
+    For cores that multiply tokens with tokens: products of three or four of them leave the range of float16. A module
+    that somebody has turned to half precision as a whole (``weight``) computes in it.
+    """
+    if u.dtype != torch.float16 or weight.dtype == torch.float16:
+        return u, nullcontext()
+    return u.float(), full_precision(u)
+
+
 def at_least_float32(u: Tensor) -> Tensor:
     """float16 and bfloat16 as float32; float32 and float64 as they are."""
     return u.to(torch.promote_types(u.dtype, torch.float32))

@@ -15,6 +15,7 @@ from medmamba.layers.parameters import exempt_from_decay
 from medmamba_kernels import selective_scan
 
 from .mask import keep
+from .precision import float16_in_float32
 from .routed import RoutedScan
 from .step_sizes import DtRange
 from .volume import as_tokens
@@ -101,12 +102,13 @@ class SpatialCore(RoutedScan):
     def forward(self, u: Tensor, grid: tuple[int, int, int], *, mask: Tensor | None = None) -> Tensor:
         """(B, L, E) tokens in the raster order of ``grid`` -> (B, L, E); ``mask``: see :mod:`medmamba.mixers`.
 
-        States of masked tokens are zeros to the convolutions.
+        States of masked tokens are zeros to the convolutions. Answers float16 in float32.
         """
-        u = keep(u, mask)
-        # The scan answers float16 in float32, which convolutions of a module in half precision do not take.
-        fused = self.state_fusion(self.states(u, grid, mask).to(u.dtype), grid)
-        return keep(fused * F.linear(u, self.C_proj) + u * self.D, mask)
+        u, precision = float16_in_float32(keep(u, mask), self.C_proj)
+        with precision:
+            # The scan answers float16 in float32, which convolutions of a module in half precision do not take.
+            fused = self.state_fusion(self.states(u, grid, mask).to(u.dtype), grid)
+            return keep(fused * F.linear(u, self.C_proj) + u * self.D, mask)
 
     def states(self, u: Tensor, grid: tuple[int, int, int], mask: Tensor | None = None) -> Tensor:
         """The states after every token, summed over the routes: (B, L, E), in raster order."""

@@ -85,11 +85,13 @@ def test_a_single_token_leaves_no_parameter_without_gradient(name):
 
 
 @every_core
-def test_the_magnitude_does_not_depend_on_the_number_of_tokens(name):
+def test_the_magnitude_does_not_grow_with_the_number_of_tokens(name):
     core = make(name, width=32)
     with torch.no_grad():
         sizes = [rms(core(tokens(g, 1, 32, torch.float32), g)) for g in ((4, 4, 4), (8, 8, 8), (16, 16, 16))]
-    assert max(sizes) < 1.5 * min(sizes)
+    assert max(sizes) < 1.5 * sizes[0]
+    if name != "hsm_ssd":  # all that it reads are means over the tokens, which vanish for white noise
+        assert max(sizes) < 1.5 * min(sizes)
 
 
 @every_core
