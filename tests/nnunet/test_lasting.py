@@ -93,13 +93,21 @@ def same(one, other) -> bool:
     return one == other or (one != one and other != other)
 
 
-def finals(train, tmp_path) -> Path:
-    """The training that nobody ended, its folder moved out of the way."""
-    trainer = train()
-    kept = tmp_path / "whole"
-    trainer.folder.rename(kept)
-    trainer.folder.mkdir()
-    return kept
+@pytest.fixture(scope="module")
+def place_of_whole(tmp_path_factory) -> Path:
+    """Where the tests of this file find the training that nobody ended, once one of them has trained it."""
+    return tmp_path_factory.mktemp("lasting") / "whole"
+
+
+@pytest.fixture
+def whole(train, place_of_whole) -> Path:
+    """Folder of the training that nobody ended; do not write to it."""
+    if not place_of_whole.exists():
+        trainer = train()
+        shutil.copytree(trainer.folder, place_of_whole)
+        shutil.rmtree(trainer.folder)
+        trainer.folder.mkdir()
+    return place_of_whole
 
 
 STEPS_PER_EPOCH = ITERATIONS + VALIDATIONS
@@ -117,8 +125,7 @@ OFTEN = [0, MIDDLE, STEPS_PER_EPOCH - 1]
         (1, signal.SIGINT),
     ],
 )
-def test_a_training_that_was_asked_to_stop_goes_on_to_the_same_bits(train, tmp_path, asked, number):
-    whole = finals(train, tmp_path)
+def test_a_training_that_was_asked_to_stop_goes_on_to_the_same_bits(train, whole, asked, number):
     train(asked=asked, number=number)
     trainer = train()
     assert same(result(trainer.folder), result(whole))
@@ -126,15 +133,13 @@ def test_a_training_that_was_asked_to_stop_goes_on_to_the_same_bits(train, tmp_p
 
 
 @pytest.mark.parametrize("workers", [pytest.param("1", marks=pytest.mark.nightly), "3"])
-def test_batches_do_not_depend_on_the_processes_that_make_them(train, tmp_path, monkeypatch, workers):
-    whole = finals(train, tmp_path)
+def test_batches_do_not_depend_on_the_processes_that_make_them(train, whole, monkeypatch, workers):
     monkeypatch.setenv("nnUNet_n_proc_DA", workers)
     train(asked=MIDDLE)
     assert same(result(train().folder), result(whole))
 
 
-def test_a_rehearsal_leaves_no_trace(train, tmp_path, monkeypatch, capsys):
-    whole = finals(train, tmp_path)
+def test_a_rehearsal_leaves_no_trace(train, whole, monkeypatch, capsys):
     monkeypatch.setenv("MEDMAMBA_REHEARSAL", "1")
     trainer = train()
     printed = capsys.readouterr().out
@@ -144,10 +149,13 @@ def test_a_rehearsal_leaves_no_trace(train, tmp_path, monkeypatch, capsys):
     assert not list(trainer.folder.glob("*rehearsal*"))
 
 
-def test_two_trainings_without_a_seed_differ(train, tmp_path, monkeypatch):
+def test_two_trainings_without_a_seed_differ(train, monkeypatch):
     monkeypatch.delenv("MEDMAMBA_SEED")
-    whole = finals(train, tmp_path)
-    assert not same(result(train().folder)["network_weights"], result(whole)["network_weights"])
+    folder = train().folder
+    first = result(folder)["network_weights"]
+    shutil.rmtree(folder)
+    folder.mkdir()
+    assert not same(result(train().folder)["network_weights"], first)
 
 
 def test_checkpoints_come_by_the_clock_too_and_the_one_before_stays(train, tmp_path, monkeypatch):
@@ -161,8 +169,7 @@ def test_checkpoints_come_by_the_clock_too_and_the_one_before_stays(train, tmp_p
 @pytest.mark.parametrize(
     "damage", ["flipped", *(pytest.param(name, marks=pytest.mark.nightly) for name in ("cut", "empty"))]
 )
-def test_a_damaged_checkpoint_is_kept_and_the_one_before_is_taken(train, tmp_path, monkeypatch, capsys, damage):
-    whole = finals(train, tmp_path)
+def test_a_damaged_checkpoint_is_kept_and_the_one_before_is_taken(train, whole, monkeypatch, capsys, damage):
     monkeypatch.setenv("MEDMAMBA_SAVE_MINUTES", "0")
     path = train(asked=MIDDLE).folder / LATEST
     good = path.read_bytes()
@@ -188,8 +195,7 @@ def test_without_a_checkpoint_that_can_be_read_nothing_begins_in_silence(train):
     assert (train().folder / FINAL).is_file()
 
 
-def test_the_best_is_taken_where_it_got_furthest(train, tmp_path, capsys):
-    whole = finals(train, tmp_path)
+def test_the_best_is_taken_where_it_got_furthest(train, whole, capsys):
     folder = train(asked=2 * STEPS_PER_EPOCH + 1).folder
     (folder / LATEST).unlink()
     there = candidates(folder)
@@ -233,8 +239,7 @@ def test_other_plans_are_refused_and_continued_when_told(train, plans, capsys):
     assert (trainer.folder / FINAL).is_file()
 
 
-def test_beginning_anew_is_a_choice_and_keeps_what_was_there(train, tmp_path, monkeypatch):
-    whole = finals(train, tmp_path)
+def test_beginning_anew_is_a_choice_and_keeps_what_was_there(train, whole, monkeypatch):
     folder = train(asked=MIDDLE).folder
     before = (folder / LATEST).read_bytes()
     monkeypatch.setenv("MEDMAMBA_RESTART", "1")
