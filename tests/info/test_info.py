@@ -153,6 +153,11 @@ def test_a_name_is_enough_and_stock_plans_are_followed(arguments, patch, capsys)
     assert scan_lines(lines)
 
 
+@pytest.mark.parametrize("arguments", [["--dt-init", "route"], ["--routes", "line6"]], ids=" ".join)
+def test_the_ways_to_a_longer_memory_need_no_plans(arguments, capsys):
+    assert scan_lines(run(capsys, "vmunet", *arguments))
+
+
 def test_other_configurations_and_the_control(plans, capsys):
     assert "patch 160x192 at 0.98x0.98 mm" in run(capsys, "--plans", plans, "--configuration", "2d")[0]
     stock = json.loads((PLANS / "anisotropic.json").read_text())

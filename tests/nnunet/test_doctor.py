@@ -174,7 +174,8 @@ def test_the_exit_code_is_1_when_a_check_fails(status, exit_code, monkeypatch, c
     assert ("1 of 2 checks failed" in out) == (exit_code == 1)
 
 
-@pytest.mark.slow
+# `medmamba doctor` of docs/getting-started/install.md does the same in every run of the tests.
+@pytest.mark.nightly
 def test_this_installation_is_sound(capsys, monkeypatch):
     for variable in (*FOLDERS, EXT_TRAINER):
         monkeypatch.delenv(variable, raising=False)
