@@ -46,10 +46,10 @@ CASES = {
         "COPIES_BYTES": 0,
     },
     "resets": {"grid": (2, 2, 5), "channels": 3, "state_size": 2, "routes": RESETS},
-    "masked": {"grid": (2, 3, 3), "batch": 2, "channels": 3, "state_size": 3, "routes": ["dhw"], "mask_fraction": 0.5},
+    "masked": {"grid": (1, 3, 4), "batch": 2, "channels": 3, "state_size": 2, "routes": ["dhw"], "mask_fraction": 0.5},
     "masked, resets, apart": {
-        "grid": (2, 2, 4),
-        "channels": 3,
+        "grid": (2, 2, 3),
+        "channels": 2,
         "state_size": 2,
         "routes": RESETS,
         "mask_fraction": 0.5,
@@ -73,7 +73,7 @@ CASES = {
     "heads, one chunk": {"grid": (1, 2, 3), "channels": 4, "routes": ["dhw"], "heads": 2, "with_state": True},
     "heads, every second state saved": {"grid": (1, 3, 5), "channels": 6, "routes": ROUTES, "heads": 2, "CHUNK": 4},
     "heads, resets, masked, apart": {
-        "grid": (2, 2, 5),
+        "grid": (2, 2, 3),
         "batch": 2,
         "channels": 4,
         "state_size": 3,

@@ -45,6 +45,8 @@ GEOMETRIES = {
     "images": Geometry((1, 512, 640), (999, 1, 1), 40, 3, 2, (512, 640)),
 }
 BUDGETS = (2.0, 8.0)
+#: Geometries whose laws another states as well: a whole volume in a patch, thick slices, more than one channel.
+ALIKE = ("small MRI", "coarse slices", "four channels")
 LARGE = Geometry((250, 512, 512), (1.5, 0.8, 0.8), 100, 1, 3, ())
 
 
@@ -113,7 +115,10 @@ def plan_all(root: Path, name: str, geometry: Geometry, requests: list[Request])
     return Planned(geometry, dataset_json, stock, plans)
 
 
-@pytest.fixture(scope="module", params=GEOMETRIES)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=[pytest.mark.nightly] if name in ALIKE else []) for name in GEOMETRIES],
+)
 def planned(request, nnunet_root) -> Planned:
     number = 900 + list(GEOMETRIES).index(request.param)
     requests = [Request("vmunet", variant="small", gpu_gb=gb) for gb in BUDGETS]
