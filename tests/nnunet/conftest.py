@@ -10,9 +10,10 @@ import subprocess
 import sys
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from copy import deepcopy
 from importlib.metadata import distribution
+from io import StringIO
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from types import SimpleNamespace
@@ -82,9 +83,7 @@ class Folder:
                 be imported.
         """
         environment = {key: value for key, value in os.environ.items() if not key.startswith("nnUNet_")}
-        environment |= self.variables(trainers)
-        if "plan" in command[0]:
-            environment["nnUNet_n_proc_DA"] = "1"
+        environment |= self.variables(trainers) | for_planning(command[0])
         if trainers == "blocked":
             startup = BLOCKED_TRAINERS + (startup or "")
         if startup is not None:
@@ -111,13 +110,27 @@ class Folder:
         Every process that nnU-Net spawns would import torch again, some six seconds each.
         """
         scripts = {e.name: e for e in distribution("nnunetv2").entry_points if e.group == "console_scripts"}
+        with self._here(command) as patch:
+            patch.setattr(sys, "argv", [command, *map(str, arguments)])
+            scripts[command].load()()
+
+    def medmamba(self, *arguments: object) -> str:
+        """Run a command of ours in this process, as :meth:`call` does, and return what it printed."""
+        from medmamba.cli import main
+
+        with self._here("medmamba"), redirect_stdout(StringIO()) as printed:
+            assert main([*map(str, arguments)]) == 0, printed.getvalue()[-8000:]
+        return printed.getvalue()
+
+    @contextmanager
+    def _here(self, command: str) -> Iterator[pytest.MonkeyPatch]:
+        """This process as that of a command."""
         with pytest.MonkeyPatch.context() as patch, threads_for_processes():
-            for name, value in self.variables().items():
+            for name, value in (self.variables() | for_planning(command)).items():
                 patch.setenv(name, value)
             patch.chdir(self.root)
-            patch.setattr(sys, "argv", [command, *map(str, arguments)])
             patch.setattr("torch.set_num_threads", lambda number: None)
-            scripts[command].load()()
+            yield patch
 
     def variables(self, trainers: str = "found") -> dict[str, str]:
         """Environment of a command; see :meth:`start`."""
@@ -126,6 +139,11 @@ class Folder:
         variables = {f"nnUNet_{name}": str(self.root / name) for name in ("raw", "preprocessed", "results")}
         variables |= {"nnUNet_def_n_proc": "1", "nnUNet_n_proc_DA": "0"}
         return variables if trainers != "found" else {**variables, EXT_TRAINER: str(trainers_folder())}
+
+
+def for_planning(command: str) -> dict[str, str]:
+    """nnU-Net's planner stops where no process makes batches."""
+    return {"nnUNet_n_proc_DA": "1"} if "plan" in command else {}
 
 
 @contextmanager

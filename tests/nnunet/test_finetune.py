@@ -1,4 +1,4 @@
-"""From unlabelled images to a prediction, every command a process as a user starts it, on real MRIs.
+"""From unlabelled images to a prediction, on real MRIs; training and prediction are processes as a user starts them.
 
 Not stock: a start-up module writes down the network as it is before the first step.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -57,8 +56,8 @@ def encoder(folder, raw_cases):
     corpus, out = folder.root / "corpus", folder.root / "pretraining"
     ingest = f"{raw_cases / 'imagesTr'} --modality mr --spacing 1.25 --out {corpus} --jobs 1"
     run = f"{folder.root / 'recipe.toml'} --corpus {corpus} --out {out} --device cpu"
-    folder.run(sys.executable, "-m", "medmamba.cli", "pretrain", "ingest", *ingest.split())
-    folder.run(sys.executable, "-m", "medmamba.cli", "pretrain", "run", *run.split())
+    folder.medmamba("pretrain", "ingest", *ingest.split())
+    folder.medmamba("pretrain", "run", *run.split())
     return out / "encoder.safetensors"
 
 
@@ -75,8 +74,8 @@ def planned(folder, raw_cases, encoder):
     (target / "dataset.json").write_text(json.dumps({**dataset_json, "numTraining": len(CASES)}))
     schedule = "--epochs 1 --iterations 2 --val-iterations 1 --batch-size 2 -np 1"
     options = f"-d 4 --like {encoder} --plans-name {PLANS} {schedule}".split()
-    printed = folder.run(sys.executable, "-m", "medmamba.cli", "plan", *options)
-    folder.run("nnUNetv2_preprocess", *f"-d 4 -plans_name {PLANS} -c 3d_fullres -np 1".split())
+    printed = folder.medmamba("plan", *options)
+    folder.call("nnUNetv2_preprocess", *f"-d 4 -plans_name {PLANS} -c 3d_fullres -np 1".split())
     preprocessed = folder.preprocessed / raw_cases.name
     splits = [{"train": CASES[:3], "val": CASES[3:]}]
     (preprocessed / "splits_final.json").write_text(json.dumps(splits))
@@ -118,7 +117,7 @@ def test_stock_nnunet_predicts_in_the_space_of_the_image(folder, planned, traine
     images, output = folder.root / "to_predict", folder.root / "predicted"
     images.mkdir()
     shutil.copy(planned.raw / "imagesTr" / name, images)
-    arguments = f"-d 4 -p {PLANS} -tr {TRAINER} -c 3d_fullres -f 0 -device cpu -npp 1 -nps 1 --disable_tta".split()
+    arguments = f"-d 4 -p {PLANS} -tr {TRAINER} -c 3d_fullres -f 0 -device cpu -npp 0 -nps 0 --disable_tta".split()
     arguments += ["--disable_progress_bar", "-i", str(images), "-o", str(output)]
     folder.run("nnUNetv2_predict", *arguments, trainers="blocked")
     predicted, image = (
