@@ -322,6 +322,9 @@ SPEC = NetworkSpec(
         "inputs that the strides do not divide are refused (the original crops with a warning)",
     ),
     defaults={"depths": 2, "d_state": 16, "expand": 2.0, "drop_path_rate": 0.2},
-    presets={"small": {"base_features": 16, "depths": 1, "decoder_depths": 1, "d_state": 8, "drop_path_rate": 0.0}},
+    presets={
+        "small": {"base_features": 16, "depths": 1, "decoder_depths": 1, "d_state": 8, "drop_path_rate": 0.0},
+        "cpu-student": {"base_features": 12, "depths": 1, "decoder_depths": 1, "d_state": 8, "drop_path_rate": 0.0},
+    },
     adamw={"initial_lr": 1e-3, "weight_decay": 1e-2},
 )

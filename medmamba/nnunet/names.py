@@ -60,8 +60,9 @@ class TrainerVariant:
 
 
 def house_name(network: str) -> str:
-    """``vmunet`` -> ``VMUNet``; a network of a third party is written in camel case."""
-    return HOUSE_NAMES.get(network) or "".join(part[:1].upper() + part[1:] for part in network.split("_"))
+    """``vmunet`` -> ``VMUNet``; a network of a third party is written in camel case, ``cpu-student`` as CpuStudent."""
+    parts = network.replace("-", "_").split("_")
+    return HOUSE_NAMES.get(network) or "".join(part[:1].upper() + part[1:] for part in parts)
 
 
 def trainer_name(network: str) -> str:
