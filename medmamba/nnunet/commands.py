@@ -163,7 +163,7 @@ RUN = Command(
     passthrough=True,
 )
 TRAIN = Command(
-    help="nnUNetv2_train with our trainers, and with --restart, --seed, --save-minutes and --no-rehearsal",
+    help="nnUNetv2_train with our trainers, and with --restart, --seed, --save-minutes, --no-rehearsal, --teacher",
     configure=_no_arguments,
     run=_train,
     passthrough=True,

@@ -52,6 +52,7 @@ class LastingTrainer(nnUNetTrainer):
         iteration: iterations of the current epoch that are done.
         waiting, waiting_to_validate: batches that come before those of the loaders.
         gradient_norm: of the last iteration as the optimizer saw it, clipped at nnU-Net's 12; None if not measured.
+        loss_parts: what the loss of the last iteration was made of, by name; empty where it has no parts.
         watch: what shows the training, in the first process and while it trains.
     """
 
@@ -77,6 +78,7 @@ class LastingTrainer(nnUNetTrainer):
         self._losses: list[Any] = []
         self._example: dict[str, Any] = {}
         self.gradient_norm: float | None = None
+        self.loss_parts: dict[str, float] = {}
         self.watch: Watch | None = None
         self._is_loaded = False
         self._saved_at = time.monotonic()

@@ -32,15 +32,22 @@ from medmamba.nnunet.architecture import (
     network_of,
     placed_mixer,
 )
+from medmamba.nnunet.distillation import Distillation, DistillationLoss
 from medmamba.nnunet.guard import NonFiniteGradientsError, NonFiniteLossError, dump, refuse_non_finite_gradients
 from medmamba.nnunet.lasting import LastingTrainer
 from medmamba.nnunet.names import TRAINER_VARIANTS, TrainerVariant, trainer_name
 from medmamba.nnunet.schedule import Schedule
+from medmamba.nnunet.teacher import Task, Teacher, load_teacher
 from medmamba_kernels import BadStepError
 
 
 class MambaTrainer(LastingTrainer):
-    """Base of our trainers: a variant says which network, and what else its name says, which wins over the plans."""
+    """Base of our trainers: a variant says which network, and what else its name says, which wins over the plans.
+
+    Attributes:
+        distillation: which teacher the plans name, or None.
+        teacher: while it trains, the networks of that teacher.
+    """
 
     variant: ClassVar[TrainerVariant]
 
@@ -62,6 +69,8 @@ class MambaTrainer(LastingTrainer):
         if len(self.configuration_manager.pool_op_kernel_sizes) < 3:
             # nnU-Net gives the coarsest output no weight; if it is the only one, the loss would be 0 / 0.
             self.enable_deep_supervision = False
+        self.distillation = Distillation.from_plans(plans)
+        self.teacher: Teacher | None = None
         self.schedule = schedule_of(plans, self.variant)
         self.num_epochs = self.schedule.num_epochs
         self.num_iterations_per_epoch = self.schedule.num_iterations_per_epoch
@@ -116,12 +125,34 @@ class MambaTrainer(LastingTrainer):
     def _look_at_gradients(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         self.gradient_norm = refuse_non_finite_gradients(optimizer)
 
+    def _build_loss(self) -> nn.Module:
+        loss: nn.Module = super()._build_loss()
+        if self.distillation is None:
+            return loss
+        return DistillationLoss(
+            loss,
+            weight=self.distillation.weight,
+            temperature=self.distillation.temperature,
+            has_regions=self.label_manager.has_regions,
+            ignore_label=self.label_manager.ignore_label,
+        )
+
     def on_train_start(self) -> None:
+        """nnU-Net's, with the teacher of the plans.
+
+        Raises:
+            TeacherError: it is not there, is another one, or does not fit.
+        """
+        if self.distillation is not None:
+            task = Task.of(self.plans_manager.plans, self.configuration_name, self.dataset_json)
+            self.teacher = load_teacher(self.distillation, task, self.device)
         super().on_train_start()
         self.print_to_log_file(
             f"medmamba {version('medmamba')}: network {self.variant.network}, {self.schedule}, "
             f"autocast {'bfloat16' if self.has_bf16 else 'float16' if self.device.type == 'cuda' else 'off'}"
         )
+        if self.distillation is not None:
+            self.print_to_log_file(f"Learning from a teacher: {self.distillation}")
 
     def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
         """One iteration of nnU-Net, in bfloat16 where the GPU has it.
@@ -132,8 +163,8 @@ class MambaTrainer(LastingTrainer):
                 been written beside the checkpoints.
         """
         try:
-            with self._autocast_default():
-                result = super().train_step(batch)
+            with self._autocast_default(), self._taught(batch) as taught:
+                result = super().train_step(taught)
         except BadStepError as error:
             raise self._not_finite(batch, f"a scan stopped ({error})") from error
         except NonFiniteGradientsError as error:
@@ -145,6 +176,19 @@ class MambaTrainer(LastingTrainer):
         if problem is not None:
             raise problem
         return result
+
+    @contextmanager
+    def _taught(self, batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """Within ``with`` the loss knows the teacher's answer; gives the batch with its data on the device."""
+        if self.teacher is None:
+            yield batch
+            return
+        data = batch["data"].to(self.device, non_blocking=True)
+        with torch.autocast("cuda") if self.device.type == "cuda" else nullcontext():
+            answers = self.teacher.answers(data)
+        with self.loss.taught(answers):
+            yield {**batch, "data": data}
+        self.loss_parts = {name: float(value) for name, value in self.loss.parts.items()}
 
     def _not_finite(self, batch: dict[str, Any], what: str) -> NonFiniteLossError:
         where = f"epoch_{self.current_epoch}_iteration_{self.iteration}_rank_{self.local_rank}"
@@ -165,12 +209,13 @@ class MambaTrainer(LastingTrainer):
 
     def facts(self) -> dict[str, Any]:
         """What really trained a checkpoint; its ``trainer_name`` is the stock one."""
-        return {
+        facts = {
             "version": version("medmamba"),
             **super().facts(),
             "network": self.variant.network,
             "schedule": self.schedule.to_dict(),
         }
+        return facts if self.distillation is None else {**facts, "distillation": self.distillation.to_dict()}
 
     def _autocast_default(self) -> AbstractContextManager[None]:
         return autocast_default("cuda", torch.bfloat16) if self.has_bf16 else nullcontext()

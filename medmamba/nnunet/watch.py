@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import statistics
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -49,6 +50,7 @@ class Watch:
             stream=io.StringIO() if trainer.is_quiet else None,
         )
         self._norms: list[float] = []
+        self._parts: dict[str, list[float]] = defaultdict(list)
 
     def start_epoch(self) -> None:
         """An epoch begins, or goes on after a stop."""
@@ -56,12 +58,15 @@ class Watch:
             torch.cuda.reset_peak_memory_stats(self._trainer.device)
         self._live.start(self._trainer.current_epoch, self._trainer.iteration)
         self._norms = []
+        self._parts.clear()
 
     def iteration(self, loss: float, waited_s: float, gradient_norm: float | None) -> None:
         """One iteration is over."""
         self._live.iteration(loss, waited_s)
         if gradient_norm is not None:
             self._norms.append(gradient_norm)
+        for name, value in self._trainer.loss_parts.items():
+            self._parts[name].append(value)
 
     def end_of_training_part(self) -> None:
         """The iterations of an epoch are over; its validation follows."""
@@ -73,6 +78,7 @@ class Watch:
         }
         if self._norms:
             values |= {"gradient_norm/mean": statistics.fmean(self._norms), "gradient_norm/max": max(self._norms)}
+        values |= {f"loss/train_{name}": statistics.fmean(parts) for name, parts in self._parts.items()}
         peak = peak_bytes()
         if peak is not None:
             values["memory/cpu_peak_gib"] = peak / _GIB

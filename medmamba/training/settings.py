@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Callable
+from pathlib import Path
 
 from medmamba.command import CommandError
 
@@ -16,6 +17,8 @@ SEED = "MEDMAMBA_SEED"
 SAVE_MINUTES = "MEDMAMBA_SAVE_MINUTES"
 #: 0 leaves the rehearsal before epoch 0 out.
 REHEARSAL = "MEDMAMBA_REHEARSAL"
+#: Where the trained folder of a teacher is, in place of where the plans say.
+TEACHER = "MEDMAMBA_TEACHER"
 
 _DEFAULT_MINUTES = 15.0
 #: Of SLURM: how often a job was requeued.
@@ -45,6 +48,12 @@ def minutes_between_saves() -> float:
 def wants_rehearsal() -> bool:
     """Whether trainings begin with a rehearsal."""
     return _text(REHEARSAL).lower() not in ("0", "false", "no")
+
+
+def teacher_folder() -> Path | None:
+    """``MEDMAMBA_TEACHER``, or None."""
+    text = _text(TEACHER)
+    return Path(text) if text else None
 
 
 def wants_restart(log: Callable[[str], None]) -> bool:
