@@ -23,6 +23,7 @@ from medmamba.nnunet.architecture import (
     network_of,
     placed_mixer,
 )
+from medmamba.nnunet.distillation import Distillation
 from medmamba.nnunet.errors import UserFacingError
 from medmamba.nnunet.names import plans_name
 from medmamba.nnunet.schedule import Schedule
@@ -65,6 +66,7 @@ class Request:
         configurations: those to plan, or None for all; what they inherit from and follow comes along.
         name: plans identifier, or None for the house style.
         dt_init: one of ``DT_INITS``.
+        distillation: which teacher the network learns from, or None.
     """
 
     network: str
@@ -78,6 +80,7 @@ class Request:
     configurations: Sequence[str] | None = None
     name: str | None = None
     dt_init: str = "default"
+    distillation: Distillation | None = None
 
     def __post_init__(self) -> None:
         try:
@@ -156,6 +159,8 @@ class Request:
         if self.dt_init != "default":
             chosen.append(f"dt_{self.dt_init}")
         chosen.append(self._budget_name())
+        if self.distillation is not None:
+            chosen.append("distilled")
         return plans_name(self.network, *(name for name in chosen if name not in (None, *_NAMED.values())))
 
     def _budget_name(self) -> str | None:
@@ -213,6 +218,8 @@ def derive_plans(stock: Mapping[str, Any], request: Request) -> dict[str, Any]:
         "derived_from": stock["plans_name"],
         "version": version("medmamba"),
     }
+    if request.distillation is not None:
+        plans["medmamba"]["distillation"] = request.distillation.to_dict()
     return plans
 
 

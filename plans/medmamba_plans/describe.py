@@ -8,6 +8,7 @@ from typing import Any
 
 from medmamba.diagnostics import GB, MemoryModel
 from medmamba.nnunet import folders
+from medmamba.nnunet.distillation import Distillation
 from medmamba.nnunet.schedule import Schedule
 from medmamba_plans.planner import predicted_peak
 
@@ -34,6 +35,14 @@ def describe_schedule(schedule: Schedule, of: str = "schedule") -> None:
     print(
         f"  {of}: {schedule.num_epochs} epochs of {schedule.num_iterations_per_epoch} iterations, "
         f"{schedule.optimizer}, learning rate {schedule.initial_lr:g}{warmup}"
+    )
+
+
+def describe_distillation(distillation: Distillation) -> None:
+    folds = ", ".join(distillation.sha256)
+    print(
+        f"  teacher: {distillation.teacher}, fold {folds}, {distillation.checkpoint}; weight {distillation.weight:g}, "
+        f"temperature {distillation.temperature:g}"
     )
 
 

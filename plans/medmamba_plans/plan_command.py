@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medmamba.command import CommandError
+from medmamba_plans import teaching
 from medmamba_plans.dataset import STOCK_PLANS, Dataset, check_replaceable, write_plans
 
 if TYPE_CHECKING:
     from medmamba.nnunet.schedule import Schedule
+    from medmamba.nnunet.teacher import ChosenTeacher
     from medmamba_plans.derive import Request
 
 #: Argument of the command -> entry of the schedule.
@@ -95,6 +97,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     _configure_schedule(
         parser.add_argument_group("schedule of our trainers (stored in the plans; the stock trainer ignores it)")
     )
+    teaching.configure(parser.add_argument_group("distillation by our trainers (stored in the plans likewise)"))
     parser.add_argument(
         "-np",
         dest="num_processes",
@@ -134,6 +137,8 @@ def _configure_schedule(group: argparse._ArgumentGroup) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Write plans."""
+    if arguments.like is not None and arguments.teacher is not None:
+        raise CommandError("a pretrained encoder and a teacher in the same plans are not supported; leave one out")
     if arguments.like is not None:
         from medmamba_plans.like_command import run_like
 
@@ -152,7 +157,8 @@ def _run_network(arguments: argparse.Namespace) -> int:
 
     dataset = Dataset.find(arguments.dataset)
     try:
-        request = _request(arguments)
+        teacher = teaching.chosen_teacher(arguments)
+        request = _request(arguments, teacher)
         is_budget = request.budget_gb is not None
         if is_budget and arguments.source is not None:
             raise CommandError("patch and batch for a GPU are planned anew; leave --from out, or --preset and --gpu-gb")
@@ -169,6 +175,8 @@ def _run_network(arguments: argparse.Namespace) -> int:
         if is_budget:
             stock = _plan_for_budget(dataset, request, stock, arguments.num_processes)
         plans = derive_plans(stock, request)
+        if teacher is not None:
+            teaching.check_student(teacher, plans, dataset.dataset_json(), request.configurations or ())
     except UserFacingError as error:
         raise CommandError(str(error)) from error
     write_plans(path, plans)
@@ -203,7 +211,7 @@ def schedule_of(arguments: argparse.Namespace, network: str) -> Schedule:
     return Schedule.create(adamw=spec.adamw if spec else None, **entries)
 
 
-def _request(arguments: argparse.Namespace) -> Request:
+def _request(arguments: argparse.Namespace, teacher: ChosenTeacher | None = None) -> Request:
     from medmamba_plans.derive import Request
 
     options: dict[str, Any] = {"geometry": arguments.geometry, "ssm_mode": arguments.ssm_mode}
@@ -223,8 +231,9 @@ def _request(arguments: argparse.Namespace) -> Request:
         batch_size=arguments.batch_size,
         patch_size=arguments.patch_size,
         schedule=schedule_of(arguments, arguments.network),
-        configurations=arguments.configurations,
+        configurations=arguments.configurations or (None if teacher is None else [teacher.configuration]),
         name=arguments.plans_name,
+        distillation=None if teacher is None else teacher.distillation,
     )
 
 
@@ -271,10 +280,12 @@ def _plan_for_budget(dataset: Dataset, request: Request, stock: dict[str, Any], 
 
 def _describe(plans: dict[str, Any], request: Request, dataset: Dataset) -> None:
     from medmamba.nnunet.names import trainer_name
-    from medmamba_plans.describe import describe_configurations, describe_schedule
+    from medmamba_plans.describe import describe_configurations, describe_distillation, describe_schedule
 
     missing = describe_configurations(plans, dataset.folder, request.budget_gb)
     describe_schedule(request.schedule)
+    if request.distillation is not None:
+        describe_distillation(request.distillation)
     print("next:")
     if missing:
         print(f"  nnUNetv2_preprocess -d {dataset.number} -plans_name {request.plans_name} -c {' '.join(missing)}")
