@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,10 @@ from medmamba.inference.model.problems import ModelRefused
 from medmamba.inference.model.run import TRAINERS_THAT_FOLLOW_PLANS, Fold, Run, find_run, read_fold
 from medmamba.inference.model.tensors import check_finite, check_fit, facts
 from medmamba.nnunet import folders
-from medmamba.nnunet.architecture import ArchitectureError, check_patch, network_ends
+from medmamba.nnunet.architecture import ArchitectureError, check_patch
 from medmamba.nnunet.distillation import Distillation
 from medmamba.nnunet.errors import UserFacingError
+from medmamba.nnunet.task import Task, differences
 from medmamba.training.checkpoints import BEST, FINAL
 from medmamba.training.settings import TEACHER, teacher_folder
 
@@ -34,35 +35,6 @@ _RESULTS = "nnUNet_results"
 
 class TeacherError(UserFacingError, ValueError):
     """A trained folder cannot teach; the text says why and what to do."""
-
-
-@dataclass(frozen=True)
-class Task:
-    """What a network is fed with and asked for.
-
-    Attributes:
-        plans: of nnU-Net.
-        configuration: of the plans, with what it inherits, and an architecture block.
-        dataset_json: of the dataset.
-    """
-
-    plans: Mapping[str, Any]
-    configuration: Mapping[str, Any]
-    dataset_json: Mapping[str, Any]
-
-    @classmethod
-    def of(cls, plans: Mapping[str, Any], configuration_name: str, dataset_json: Mapping[str, Any]) -> Task:
-        """The task of a configuration; plans of nnU-Net before 2.5 are read as well.
-
-        Raises:
-            CommandError: the plans have no such configuration.
-        """
-        configuration = folders.configuration_of(plans, configuration_name)
-        if "architecture" not in configuration:
-            from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
-
-            configuration = ConfigurationManager(configuration).configuration
-        return cls(plans, configuration, dataset_json)
 
 
 class Teacher:
@@ -153,11 +125,7 @@ def check_teacher(fold: Fold, student: Task, name: str) -> None:
             "plans name; choose a teacher of a stock trainer or of medmamba"
         )
     teacher = _task(fold)
-    different = [
-        f"{what} {_short(theirs)}, the student {_short(own)}"
-        for what, theirs, own in _compared(teacher, student)
-        if theirs != own
-    ]
+    different = [f"{what} {theirs}, the student {own}" for what, theirs, own in differences(teacher, student)]
     if different:
         raise TeacherError(
             f"the teacher {name} has {'; '.join(different)}; teacher and student must read the same preprocessed data "
@@ -251,59 +219,14 @@ def _task(fold: Fold) -> Task:
     return Task.of(fold.plans, fold.configuration, fold.dataset_json)
 
 
-def _compared(*tasks: Task) -> Iterator[tuple[Any, ...]]:
-    """What must be equal: name, and its value for each task."""
-    for name, value in _MEANING.items():
-        yield name, *(json.loads(json.dumps(value(task))) for task in tasks)
-
-
-def _labels(task: Task) -> object:
-    labels = task.dataset_json["labels"]
-    given = {name: value for name, value in labels.items() if name != "ignore"}
-    has_regions = any(isinstance(value, list | tuple) and len(value) > 1 for value in given.values())
-    # The order of regions is that of the outputs; of labels, the numbers are.
-    return [list(given.items()), task.dataset_json.get("regions_class_order")] if has_regions else given
-
-
-def _channels(task: Task) -> object:
-    names = task.dataset_json.get("channel_names", task.dataset_json.get("modality", {}))
-    return [names[key] for key in sorted(names, key=int)]
-
-
-def _intensities(task: Task) -> object:
-    """What the normalisation of CT is made of; other schemes look at the image alone."""
-    name = "foreground_intensity_properties_per_channel"
-    given = task.plans.get(name, task.plans.get("foreground_intensity_properties_by_modality", {}))
-    schemes = task.configuration["normalization_schemes"]
-    keys = ("mean", "std", "percentile_00_5", "percentile_99_5")
-    return [
-        [given[str(i)][key] for key in keys] if scheme == "CTNormalization" else None
-        for i, scheme in enumerate(schemes)
-    ]
-
-
-_MEANING: Mapping[str, Callable[[Task], object]] = {
-    "labels": _labels,
-    "channels": _channels,
-    "axes": lambda task: len(task.configuration["patch_size"]),
-    "input channels": lambda task: network_ends(task.plans, task.configuration, task.dataset_json)[0],
-    "transpose": lambda task: task.plans["transpose_forward"],
-    "spacing": lambda task: [round(value, 6) for value in task.configuration["spacing"]],
-    "normalisation": lambda task: task.configuration["normalization_schemes"],
-    "masks in normalisation": lambda task: task.configuration["use_mask_for_norm"],
-    "intensities": _intensities,
-}
-
-
 def _network(fold: Fold, student: Task, path: Path) -> nn.Module:
     """The network of a checkpoint; torch's random state stays as it is."""
     teacher = _task(fold)
     block = json.loads(json.dumps(teacher.configuration["architecture"]))
-    ends = network_ends(teacher.plans, teacher.configuration, teacher.dataset_json)
     try:
         check_architecture(block, "architecture", student.configuration["patch_size"])
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-            network = build(block, *ends)
+            network = build(block, *teacher.ends)
         check_fit(path, facts(fold.weights), facts(network.state_dict()))
         for key, tensor in fold.weights.items():
             check_finite(path, key, tensor)
@@ -325,8 +248,3 @@ def _num_trained_heads(fold: Fold) -> int:
 def _sha256(path: Path) -> str:
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _short(value: object) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 120 else f"{text[:117]}..."

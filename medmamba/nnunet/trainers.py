@@ -37,7 +37,8 @@ from medmamba.nnunet.guard import NonFiniteGradientsError, NonFiniteLossError, d
 from medmamba.nnunet.lasting import LastingTrainer
 from medmamba.nnunet.names import TRAINER_VARIANTS, TrainerVariant, trainer_name
 from medmamba.nnunet.schedule import Schedule
-from medmamba.nnunet.teacher import Task, Teacher, load_teacher
+from medmamba.nnunet.task import Task
+from medmamba.nnunet.teacher import Teacher, load_teacher
 from medmamba_kernels import BadStepError
 
 

@@ -57,7 +57,7 @@ def check_student(
     Raises:
         TeacherError: labels, channels, spacing, normalisation or patch do not fit.
     """
-    from medmamba.nnunet.teacher import Task
+    from medmamba.nnunet.task import Task
 
     for name in configurations:
         chosen.check(Task.of(plans, name, dataset_json), name)

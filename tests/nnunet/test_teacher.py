@@ -16,7 +16,8 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from medmamba.nnunet.resume import ResumeError
-from medmamba.nnunet.teacher import Task, TeacherError, check_teacher, choose_teacher, load_teacher
+from medmamba.nnunet.task import Task
+from medmamba.nnunet.teacher import TeacherError, check_teacher, choose_teacher, load_teacher
 from medmamba.training.checkpoints import BEST, FINAL
 from medmamba.training.settings import TEACHER
 from medmamba.weights import read_training
