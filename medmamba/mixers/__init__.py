@@ -9,6 +9,8 @@ Its forward is ``(u, grid, *, mask=None)``. With a ``mask``, (B, L) bool and Tru
 are not read and their result is 0. To a scan it is as if they had been cut out of every route; the segments of a route
 with resets stay the same. To a convolution they are zeros.
 
+:func:`token_mask` gives all cores of a network their masks, from one of voxels.
+
 :class:`MultiHeadCore` puts several cores side by side; :class:`GatedFusion` is a ``fusion``.
 """
 
@@ -30,6 +32,7 @@ from .routed import RoutedScan
 from .scan import ScanCore
 from .spatial import SpatialCore
 from .ssd import SSDCore
+from .token_mask import pool_mask, token_mask
 
 CORES: dict[str, type[nn.Module]] = {
     "attention": AttentionCore,
@@ -85,5 +88,7 @@ __all__ = [
     "get_core",
     "initialise_step_sizes",
     "placed_scans",
+    "pool_mask",
     "rescaled_threshold",
+    "token_mask",
 ]
