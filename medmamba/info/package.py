@@ -31,6 +31,9 @@ def _lines(model: Model) -> Iterator[str]:
         f"network: {model.network_name}, {model.parameters / 1e6:.3f} M parameters, stored as {about.precision}, "
         f"{model.outputs.num_heads} outputs"
     )
+    if about.scan_input is not None:
+        clipped = about.scan_input
+        yield f"input of the scans: clipped at the {clipped['quantile']:g} quantile of {clipped['cases']} cases"
     epochs = ", ".join(f"{fold} ({number} epochs)" for fold, number in about.epochs.items())
     yield f"folds: {epochs}, {printable(about.checkpoint)} of {printable(about.trainer)}, exported {about.created}"
     yield f"input: {', '.join(_channels(model, settings))}"

@@ -30,6 +30,7 @@ from .nc_ssd import NonCausalCore
 from .placed import PlacedScan, initialise_step_sizes, placed_scans
 from .routed import RoutedScan
 from .scan import ScanCore
+from .scan_input import clip_scan_inputs, counted_scan_inputs, scan_names
 from .spatial import SpatialCore
 from .ssd import SSDCore
 from .token_mask import pool_mask, token_mask
@@ -85,10 +86,13 @@ __all__ = [
     "ShuffledCore",
     "SpatialCore",
     "WindowedCore",
+    "clip_scan_inputs",
+    "counted_scan_inputs",
     "get_core",
     "initialise_step_sizes",
     "placed_scans",
     "pool_mask",
     "rescaled_threshold",
+    "scan_names",
     "token_mask",
 ]

@@ -203,7 +203,7 @@ def test_sha256sum_accepts_the_checksums(package):
 
 
 def test_half_rounds_to_float16_and_says_so(trained, package, tmp_path):
-    model = export_model(trained.folder, tmp_path / "half", folds=[1], half=True)
+    model = export_model(trained.folder, tmp_path / "half", folds=[1], precision="float16")
     assert model.folds == ("1",)
     loaded, original = model.network("1").state_dict(), trained.networks["1"].state_dict()
     for key, tensor in original.items():
@@ -218,7 +218,7 @@ def test_weights_beyond_float16_are_refused_in_half_only(make_trained, tmp_path)
     trained = make_trained(tmp_path)
     trained.checkpoints["0"]["network_weights"]["decoder.seg_layers.0.bias"][:] = 1e5
     trained.write("0")
-    assert "reaches 1e+05" in refused("MM-MD-036", trained.folder, tmp_path / "model", half=True)
+    assert "reaches 1e+05" in refused("MM-MD-036", trained.folder, tmp_path / "model", precision="float16")
     export_model(trained.folder, tmp_path / "model")
 
 

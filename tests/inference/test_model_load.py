@@ -195,7 +195,7 @@ def test_a_card_that_is_no_text_is_refused(copied, reseal):
 
 
 def test_a_newer_format_asks_for_a_newer_version(copied, change_model):
-    change_model(copied, lambda content: content.update(format=2, something_new=True))
+    change_model(copied, lambda content: content.update(format=3, something_new=True))
     assert "install" in refused("MM-MD-008", copied)
 
 

@@ -12,13 +12,15 @@ tensors.py       the safetensors of a fold
 load.py          load_model, Model
 run.py           a trained folder of nnU-Net
 card.py, export.py           export_model, seal_card
+convert.py        convert_model: a smaller copy of a package
 """
 
 from __future__ import annotations
 
+from .convert import convert_model
 from .export import export_model, seal_card
 from .labels import Labels
 from .load import Model, load_model
 from .problems import PROBLEMS, ModelRefused
 
-__all__ = ["PROBLEMS", "Labels", "Model", "ModelRefused", "export_model", "load_model", "seal_card"]
+__all__ = ["PROBLEMS", "Labels", "Model", "ModelRefused", "convert_model", "export_model", "load_model", "seal_card"]

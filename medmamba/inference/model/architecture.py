@@ -12,12 +12,15 @@ import math
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
+from torch.nn.modules.conv import _ConvNd
 
+from medmamba.mixers import scan_names
 from medmamba.networks import NETWORKS
 from medmamba.networks.unet import check_divisible, total_strides
 
@@ -81,6 +84,23 @@ _NOT_ARGUMENTS = ("input_channels", "num_classes", "deep_supervision")
 _LARGEST_NUMBER, _LONGEST_LIST, _LONGEST_TEXT, _DEEPEST = 2**16, 64, 200, 4
 
 Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """What a network is before it has weights.
+
+    Attributes:
+        tensors: a tensor without memory for every weight, each under one name.
+        aliases: every key of the state dict -> that name.
+        channel_axes: weights of convolutions and linear maps -> the axis of their output channels.
+        scans: paths of the scans.
+    """
+
+    tensors: Mapping[str, Tensor]
+    aliases: Mapping[str, str]
+    channel_axes: Mapping[str, int]
+    scans: Sequence[str]
 
 
 def check_architecture(value: object, where: str, patch_size: Sequence[int]) -> None:
@@ -151,9 +171,7 @@ def build(block: Mapping[str, Any], input_channels: int, num_classes: int) -> nn
     return network.eval()
 
 
-def expected_tensors(
-    block: Mapping[str, Any], input_channels: int, num_classes: int, num_tensors: int
-) -> tuple[dict[str, Tensor], dict[str, str]]:
+def blueprint_of(block: Mapping[str, Any], input_channels: int, num_classes: int, num_tensors: int) -> Blueprint:
     """Names and shapes of the weights of a network, found without memory for them.
 
     Args:
@@ -161,9 +179,6 @@ def expected_tensors(
         input_channels: image channels.
         num_classes: outputs.
         num_tensors: how many tensors there are to load. A network with far more is not built to its end.
-
-    Returns:
-        a tensor without memory for every weight, each under one name; and every key of the state dict with that name.
 
     Raises:
         ModelRefused: MM-MD-012, MM-MD-013.
@@ -176,7 +191,15 @@ def expected_tensors(
     for key, tensor in network.state_dict(keep_vars=True).items():
         name = aliases[key] = names.setdefault(id(tensor), key)
         tensors.setdefault(name, tensor.detach())
-    return tensors, aliases
+    linear = [module for module in network.modules() if isinstance(module, nn.Linear | _ConvNd)]
+    axes = {names[id(module.weight)]: _channel_axis(module) for module in linear}
+    return Blueprint(tensors, aliases, axes, scan_names(network))
+
+
+def _channel_axis(module: nn.Linear | _ConvNd) -> int:
+    """Axis of the output channels: transposed convolutions have it second, unless each channel is by itself."""
+    is_transposed = isinstance(module, _ConvNd) and module.transposed
+    return 1 if is_transposed and module.weight.shape[1] > 1 else 0
 
 
 @contextmanager

@@ -47,8 +47,7 @@ def _lines(description: Description, network: str, parameters: int) -> Iterator[
     yield f"- Input: {', '.join(map(printable, channel_names(description.dataset)))}, resampled to {spacing} mm;"
     yield f"  {_axes(description)}."
     yield f"- Output: {', '.join(f'{value} {printable(name)}' for value, name in labels.names.items())}."
-    if description.precision == "float16":
-        yield "- The weights were rounded to float16 on export. The metrics below are of the unrounded weights."
+    yield from rounding_lines(description)
     yield ""
     yield "## Intended use"
     yield ""
@@ -78,6 +77,17 @@ def _lines(description: Description, network: str, parameters: int) -> Iterator[
     yield "## Citation"
     yield ""
     yield from (f"- {each}" for each in description.citation)
+
+
+def rounding_lines(description: Description, metrics: str = "below") -> Iterator[str]:
+    """What the export did to the numbers; ``metrics``: where they stand from here."""
+    if description.precision != "float32":
+        which = "The weights" if description.precision == "float16" else "The weights of convolutions and linear maps"
+        yield f"- {which} were rounded to {description.precision} on export. The metrics {metrics} are of the unrounded"
+        yield "  weights."
+    if description.scan_input is not None:
+        yield f"- What its scans read is clipped at the {description.scan_input['quantile']:g} quantile of"
+        yield f"  {description.scan_input['cases']} cases; the metrics {metrics} were without."
 
 
 def _axes(description: Description) -> str:

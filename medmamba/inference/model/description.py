@@ -14,10 +14,14 @@ from .metrics import check_metrics
 from .package import MODEL, is_fold
 from .plans import ORIENTATIONS, check_plans, orientation_of
 from .problems import ModelRefused, shown
+from .rounding import PRECISIONS, PRECISIONS_OF_FORMAT_1
+from .scan_input import check_scan_input
 from .values import items, mapping, one_of, optional, parse_json, text, whole, wrong
 
-FORMAT_VERSION = 1
-PRECISIONS = ("float32", "float16")
+#: Written is the least that can say what is to be said, so that readers of format 1 read what they can.
+FORMAT_VERSION = 2
+#: Not in format 1.
+_NEW_IN_2 = "scan_input"
 #: Always part of the intended use, whatever else an author says.
 RESEARCH_USE = "Research use only, not a medical device."
 #: Keys of dataset.json that a package keeps; others may name cases.
@@ -60,6 +64,7 @@ class Description:
         intended_use: what the authors made it for; says that it is for research.
         metrics: of the validation; None if unknown. See :func:`.metrics.reduce_metrics`.
         citation: what to cite.
+        scan_input: limits of what the scans read; None for none. See :func:`.scan_input.check_scan_input`.
 
     Raises:
         ModelRefused: MM-MD-009, MM-MD-010, MM-MD-011.
@@ -82,6 +87,7 @@ class Description:
     intended_use: str
     metrics: dict[str, Any] | None
     citation: list[str]
+    scan_input: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         for name in ("name", "configuration", "trainer", "checkpoint", "intended_use"):
@@ -104,6 +110,7 @@ class Description:
             wrong("orientation", self.orientation, f"{orientation_of(self.plans)}, as the reader of the plans has it")
         check_fingerprint(self.fingerprint)
         check_metrics(self.metrics)
+        check_scan_input(self.scan_input, self.folds)
         self._check_mirroring()
 
     @property
@@ -126,7 +133,9 @@ class Description:
 
     def to_bytes(self) -> bytes:
         """Content of model.json; the order of keys is kept, as that of the labels decides about the outputs."""
-        content = {"format": FORMAT_VERSION, **asdict(self)}
+        content = {"format": self._format, **asdict(self)}
+        if self._format == 1:
+            del content[_NEW_IN_2]
         return (json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8")
 
     @classmethod
@@ -145,9 +154,20 @@ class Description:
                 f"model.json has format {shown(version)}, and this version of medmamba reads {FORMAT_VERSION}; install "
                 "the version that exported the model, or a newer one",
             )
+        if version == 1:
+            known = tuple(name for name in known if name != _NEW_IN_2)
         mapping(given, "model.json", ("format", *known))
-        whole(version, "format", FORMAT_VERSION, FORMAT_VERSION)
-        return cls(**{name: given[name] for name in known})
+        whole(version, "format", 1, FORMAT_VERSION)
+        description = cls(**{name: given[name] for name in known})
+        if version != description._format:
+            wrong(
+                "precision", description.precision, f"{' or '.join(PRECISIONS_OF_FORMAT_1)} in format 1 and only there"
+            )
+        return description
+
+    @property
+    def _format(self) -> int:
+        return 1 if self.precision in PRECISIONS_OF_FORMAT_1 and self.scan_input is None else 2
 
     def _check_folds(self) -> None:
         for fold, epochs in mapping(self.epochs, "epochs").items():

@@ -8,10 +8,11 @@ import os
 import platform
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -22,22 +23,25 @@ from torch import Tensor
 from medmamba.files import write_atomically
 from medmamba.networks import NETWORKS
 
-from .architecture import expected_tensors, network_name
+from .architecture import Blueprint, blueprint_of, network_name
 from .card import model_card
-from .description import DATASET_KEPT, PRECISIONS, RESEARCH_USE, Description
+from .description import DATASET_KEPT, RESEARCH_USE, Description
 from .fingerprint import reduce_fingerprint
 from .load import Model, load_model, load_opened
 from .metrics import reduce_metrics
 from .package import CARD, MODEL, SUMS, Package, open_package, sums_of, weights_file
 from .plans import orientation_of, reduce_plans
 from .problems import ModelRefused, shown
+from .rounding import encoded
 from .run import TRAINERS_THAT_FOLLOW_PLANS, Fold, Run, find_run, read_fold
-from .tensors import check_finite, check_fit, parameters, stored_dtype, to_bytes
+from .tensors import check_finite, check_fit, parameters, to_bytes
 
 _NNUNET = (
     "Isensee et al., nnU-Net: a self-configuring method for deep learning-based biomedical image segmentation, Nature "
     "Methods 18, 203-211 (2021)"
 )
+#: Where weights come from, and the state dict of their network.
+Weights = Callable[[], tuple[Path, Mapping[str, Tensor]]]
 _SOFTWARE = ("medmamba", "nnunetv2", "torch", "numpy", "safetensors", "dynamic-network-architectures")
 
 
@@ -49,7 +53,7 @@ def export_model(
     checkpoint: str = "checkpoint_final.pth",
     licence: str | None = None,
     intended_use: str | None = None,
-    half: bool = False,
+    precision: str = "float32",
     trust_plans: bool = False,
 ) -> Model:
     """Write a model package from a trained folder of nnU-Net, of ours or a stock network.
@@ -63,7 +67,7 @@ def export_model(
         checkpoint: file in every fold.
         licence: of the weights.
         intended_use: in the words of the authors; that it is for research is added.
-        half: round the weights to float16.
+        precision: of the stored weights; see :mod:`.rounding`.
         trust_plans: export the network of the plans also when an unknown trainer may have built another one.
 
     Returns:
@@ -74,7 +78,7 @@ def export_model(
         OSError: the disk is full or the folder is not writable; nothing was written.
     """
     out = Path(out).absolute()
-    _check_place(out)
+    _check_place(out)  # before minutes of reading
     run = find_run(run_folder, folds, checkpoint)
     first = _facts(run, run.folds[0])
     plans = reduce_plans(run.plans, first.configuration)
@@ -84,7 +88,7 @@ def export_model(
         _check_alike(run, fold, each, first, plans)
     description = Description(
         name=f"{plans.get('dataset_name')} {first.trainer} {plans.get('plans_name')} {first.configuration}",
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        created=now(),
         configuration=first.configuration,
         plans=plans,
         dataset={key: run.dataset_json[key] for key in DATASET_KEPT if key in run.dataset_json},
@@ -94,17 +98,40 @@ def export_model(
         trainer=first.trainer,
         checkpoint=checkpoint,
         epochs={fold: each.epochs for fold, each in facts.items()},
-        precision=PRECISIONS[1] if half else PRECISIONS[0],
+        precision=precision,
         versions=_versions(first),
         licence=licence,
         intended_use=RESEARCH_USE if not intended_use else f"{intended_use} {RESEARCH_USE}",
         metrics=reduce_metrics(run.summaries()),
         citation=_citation(plans, first.configuration, run.dataset_json),
     )
+    weights = {fold: partial(_weights_of_run, run, fold) for fold in run.folds}
+    return write_package(out, description, weights)
+
+
+def write_package(
+    out: Path, description: Description, weights: Mapping[str, Weights], card: Callable[[Blueprint], str] | None = None
+) -> Model:
+    """Write a package beside ``out``, read it back, check it, and move it to ``out``.
+
+    Args:
+        out: absolute path.
+        description: what it is to say.
+        weights: fold -> where the weights come from, and the state dict of the network; asked for one by one.
+        card: text of its card; None: what the description says.
+
+    Raises:
+        ModelRefused, OSError: as :func:`export_model`.
+    """
+    _check_place(out)
     with _appearing(out) as folder:
-        _write(folder, run, description)
+        _write(folder, description, weights, card)
         written = load_model(folder)
     return replace(written, _package=replace(written._package, folder=out))
+
+
+def _weights_of_run(run: Run, fold: str) -> tuple[Path, Mapping[str, Tensor]]:
+    return run.path(fold), read_fold(run, fold).weights
 
 
 def seal_card(path: str | os.PathLike[str]) -> Model:
@@ -208,32 +235,44 @@ def _appearing(out: Path) -> Iterator[Path]:
         raise
 
 
-def _write(folder: Path, run: Run, description: Description) -> None:
+def _write(
+    folder: Path,
+    description: Description,
+    weights: Mapping[str, Weights],
+    card: Callable[[Blueprint], str] | None,
+) -> None:
     """All files of a package, SHA256SUMS last. Checksums are of what was to be written, so that a reader notices."""
     content = description.to_bytes()
     sums = {MODEL: _put(folder / MODEL, content)}
-    expected: dict[str, Tensor] = {}
-    for fold in run.folds:
-        tensors = _own_tensors(run.path(fold), read_fold(run, fold).weights, description)
-        expected = expected or tensors
+    blueprint: Blueprint | None = None
+    for fold, read in weights.items():
+        path, found = read()
+        block, heads = description.settings["architecture"], description.labels.num_heads
+        blueprint = blueprint or blueprint_of(block, description.input_channels, heads, len(found))
+        tensors = _own_tensors(path, found, blueprint, description.precision)
         name = weights_file(fold)
         sums[name] = _put(folder / name, to_bytes(tensors, sums[MODEL], fold))
-    network = network_name(description.settings["architecture"])
-    card = model_card(description, network, parameters(expected.values()))
-    sums[CARD] = _put(folder / CARD, card.encode("utf-8"))
+    assert blueprint is not None  # a description has a fold
+    text = card(blueprint) if card else generated_card(description, blueprint)
+    sums[CARD] = _put(folder / CARD, text.encode("utf-8"))
     _put(folder / SUMS, sums_of(sums))
 
 
-def _own_tensors(path: Path, weights: Mapping[str, Tensor], description: Description) -> dict[str, Tensor]:
-    """Weights that fit the network of the description, each under one name and in the precision of the package.
+def generated_card(description: Description, blueprint: Blueprint) -> str:
+    """The card of a package whose authors have not yet said anything."""
+    network = network_name(description.settings["architecture"])
+    return model_card(description, network, parameters(blueprint.tensors.values()))
+
+
+def _own_tensors(path: Path, weights: Mapping[str, Tensor], blueprint: Blueprint, precision: str) -> dict[str, Tensor]:
+    """Weights that fit a network, each under one name and as they are stored.
 
     A state dict may have a tensor under several names: nnU-Net's decoder lists the encoder again.
 
     Raises:
-        ModelRefused: MM-MD-012, MM-MD-013, MM-MD-015, MM-MD-017, MM-MD-036.
+        ModelRefused: MM-MD-015, MM-MD-017, MM-MD-036.
     """
-    block, heads = description.settings["architecture"], description.labels.num_heads
-    expected, aliases = expected_tensors(block, description.input_channels, heads, len(weights))
+    expected, aliases = blueprint.tensors, blueprint.aliases
     wanted = {key: (tuple(expected[name].shape), _kind(expected[name])) for key, name in aliases.items()}
     check_fit(path, {key: (tuple(tensor.shape), _kind(tensor)) for key, tensor in weights.items()}, wanted)
     for key, name in aliases.items():
@@ -244,24 +283,16 @@ def _own_tensors(path: Path, weights: Mapping[str, Tensor], description: Descrip
                 f"{shown(name)} and {shown(key)} in {path} are one tensor of the network and differ; the file was "
                 "changed after the training",
             )
-    return {name: _stored(path, name, weights[name], description.precision) for name in expected}
+    stored: dict[str, Tensor] = {}
+    for name in expected:
+        stored |= encoded(name, weights[name], blueprint, precision, path)
+    return stored
 
 
 def _kind(tensor: Tensor) -> object:
     """Types that are stored alike: all that float32 holds exactly."""
     floats = (torch.float32, torch.float16, torch.bfloat16)
     return "a float of at most 32 bits" if tensor.dtype in floats else tensor.dtype
-
-
-def _stored(path: Path, name: str, tensor: Tensor, precision: str) -> Tensor:
-    stored = tensor.detach().to(stored_dtype(tensor, precision))
-    if stored.is_floating_point() and not bool(stored.isfinite().all()):
-        raise ModelRefused(
-            "MM-MD-036",
-            f"{shown(name)} in {path} reaches {tensor.abs().max().item():.3g}, and float16 ends at 65504; export "
-            "without --half",
-        )
-    return stored
 
 
 def _put(path: Path, content: bytes) -> str:
@@ -280,6 +311,11 @@ def _to_disk(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def now() -> str:
+    """Time of an export: ISO 8601, UTC."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _versions(facts: Fold) -> dict[str, str]:

@@ -13,12 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .architecture import build, expected_tensors, network_name
+from medmamba.mixers import clip_scan_inputs
+
+from .architecture import Blueprint, blueprint_of, build, network_name
 from .description import Description
 from .labels import Labels, channel_names
 from .package import CARD, MODEL, Package, open_package, weights_file
 from .problems import ModelRefused, shown
-from .tensors import check_file, check_finite, check_fit, count_tensors, facts, from_bytes, parameters, stored_dtype
+from .rounding import decoded, layout
+from .scan_input import check_names
+from .tensors import check_file, check_fit, check_values, count_tensors, facts, from_bytes, parameters
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,8 +38,7 @@ class Model:
     parameters: int
     _description: Description = field(repr=False)
     _package: Package = field(repr=False)
-    _expected: Mapping[str, Tensor] = field(repr=False)
-    _aliases: Mapping[str, str] = field(repr=False)
+    _blueprint: Blueprint = field(repr=False)
 
     @property
     def id(self) -> str:
@@ -132,19 +135,19 @@ class Model:
         # Drawing initial values, which are replaced at once, must not change what the caller draws next.
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             network = build(about.settings["architecture"], about.input_channels, about.labels.num_heads)
-        network.load_state_dict({key: tensors[name] for key, name in self._aliases.items()}, strict=True)
+        network.load_state_dict({key: tensors[name] for key, name in self._blueprint.aliases.items()}, strict=True)
+        if about.scan_input is not None:
+            clip_scan_inputs(network, about.scan_input["limits"][fold])
         return network
 
     def _weights(self, fold: str) -> dict[str, Tensor]:
         """Weights of a fold from the bytes whose checksum was compared."""
         name = weights_file(fold)
         tensors = from_bytes(self._package.read(name), self.path / name)
-        precision = self._description.precision
-        wanted = {key: (tuple(t.shape), stored_dtype(t, precision)) for key, t in self._expected.items()}
-        check_fit(self.path / name, facts(tensors), wanted)
+        check_fit(self.path / name, facts(tensors), layout(self._blueprint, self._description.precision))
         for key, tensor in tensors.items():
-            check_finite(self.path / name, key, tensor)
-        return tensors
+            check_values(self.path / name, key, tensor)
+        return decoded(tensors, self._blueprint)
 
 
 def load_model(path: str | os.PathLike[str]) -> Model:
@@ -176,10 +179,11 @@ def load_opened(package: Package) -> Model:
     for file in files.values():
         package.check(file.name)
     num_tensors = count_tensors(files[description.folds[0]])
-    expected, aliases = expected_tensors(block, description.input_channels, labels.num_heads, num_tensors)
+    blueprint = blueprint_of(block, description.input_channels, labels.num_heads, num_tensors)
+    check_names(description.scan_input, blueprint.scans)
     for fold, file in files.items():
-        check_file(file, expected, description.precision, binding, fold)
-    return Model(card, parameters(expected.values()), description, package, expected, aliases)
+        check_file(file, layout(blueprint, description.precision), binding, fold)
+    return Model(card, parameters(blueprint.tensors.values()), description, package, blueprint)
 
 
 def _check_files(package: Package, description: Description) -> None:

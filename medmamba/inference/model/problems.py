@@ -29,6 +29,7 @@ PROBLEMS: Mapping[str, str] = {
     "MM-MD-016": "the weights belong to another model.json or another fold",
     "MM-MD-017": "weights are not finite",
     "MM-MD-018": "the model has no such fold",
+    "MM-MD-019": "int8 weights or their scales are none that an export writes",
     # Export.
     "MM-MD-030": "the folder is no trained folder of nnU-Net",
     "MM-MD-031": "a fold or its checkpoint is missing",
@@ -36,8 +37,9 @@ PROBLEMS: Mapping[str, str] = {
     "MM-MD-033": "the configuration needs the result of another model",
     "MM-MD-034": "folds were not trained with the plans of the folder, or not alike",
     "MM-MD-035": "the trainer may have built another network than the plans name",
-    "MM-MD-036": "weights do not fit into float16",
+    "MM-MD-036": "weights are too large for the type in which they are to be stored",
     "MM-MD-037": "the place of the package is taken or missing",
+    "MM-MD-038": "the weights of the package are rounded or calibrated already",
 }
 
 _LONGEST = 120

@@ -10,12 +10,20 @@ import torch
 from torch import Tensor
 
 from .problems import ModelRefused, shown
+from .rounding import SCALE, Layout, check_int8
 
 #: Keys in the header of a file: SHA-256 of the model.json that it belongs to, and its fold.
 BINDING, FOLD = "medmamba_model_sha256", "medmamba_fold"
 
-_DTYPES = {"float32": torch.float32, "float16": torch.float16}
-_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.int64: "I64", torch.int32: "I32", torch.bool: "BOOL"}
+_NAMES = {
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int8: "I8",
+    torch.bool: "BOOL",
+}
 
 
 def to_bytes(tensors: Mapping[str, Tensor], binding: str, fold: str) -> bytes:
@@ -25,26 +33,21 @@ def to_bytes(tensors: Mapping[str, Tensor], binding: str, fold: str) -> bytes:
     return save({name: tensor.contiguous() for name, tensor in tensors.items()}, {BINDING: binding, FOLD: fold})
 
 
-def stored_dtype(tensor: Tensor, precision: str) -> torch.dtype:
-    """What a tensor of a network is stored as: floating-point ones in the precision of the package."""
-    return _DTYPES[precision] if tensor.is_floating_point() else tensor.dtype
-
-
 def count_tensors(path: Path) -> int:
-    """Number of tensors in a file.
+    """Number of weights in a file.
 
     Raises:
         ModelRefused: MM-MD-014.
     """
     with _opened(path) as file:
-        return len(file.keys())
+        return sum(not name.endswith(SCALE) for name in file.keys())  # noqa: SIM118 (no mapping)
 
 
-def check_file(path: Path, expected: Mapping[str, Tensor], precision: str, binding: str, fold: str) -> None:
+def check_file(path: Path, expected: Layout, binding: str, fold: str) -> None:
     """Raise unless a file holds the expected tensors, all of them finite. One tensor is in memory at a time.
 
     Raises:
-        ModelRefused: MM-MD-014 to MM-MD-017.
+        ModelRefused: MM-MD-014 to MM-MD-017, MM-MD-019.
     """
     with _opened(path) as file:
         metadata = file.metadata() or {}
@@ -54,10 +57,10 @@ def check_file(path: Path, expected: Mapping[str, Tensor], precision: str, bindi
             )
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
         found = {name: (tuple(each.get_shape()), each.get_dtype()) for name, each in slices.items()}
-        wanted = {name: (tuple(t.shape), _NAMES.get(stored_dtype(t, precision))) for name, t in expected.items()}
+        wanted = {name: (shape, _NAMES.get(dtype)) for name, (shape, dtype) in expected.items()}
         check_fit(path, found, wanted)
         for name in found:
-            check_finite(path, name, file.get_tensor(name))
+            check_values(path, name, file.get_tensor(name))
 
 
 def from_bytes(content: bytes, path: Path) -> dict[str, Tensor]:
@@ -93,6 +96,16 @@ def check_fit(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -
             f"the weights in {path} do not fit the network that the plans name ({'; '.join(listed)}); they are of "
             "another network",
         )
+
+
+def check_values(path: Path, name: str, tensor: Tensor) -> None:
+    """Raise unless a tensor of a file of weights is finite, and what its type allows.
+
+    Raises:
+        ModelRefused: MM-MD-017, MM-MD-019.
+    """
+    check_finite(path, name, tensor)
+    check_int8(path, name, tensor)
 
 
 def check_finite(path: Path, name: str, tensor: Tensor) -> None:

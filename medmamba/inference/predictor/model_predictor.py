@@ -108,9 +108,17 @@ class ModelPredictor:
         return Prediction(small if orientation is None else orientation.undo(small), facts)
 
     @cached_property
+    def networks(self) -> Sequence[torch.nn.Module]:
+        """The networks of the folds, on the device.
+
+        Raises:
+            ModelRefused: see :meth:`medmamba.inference.model.Model.network`.
+        """
+        return [self.model.network(fold).to(self.device) for fold in self.folds_used]
+
+    @cached_property
     def _forward(self) -> Forward:
         limit_threads()
-        networks = [self.model.network(fold).to(self.device) for fold in self.folds_used]
 
         def on_device(network: torch.nn.Module) -> Forward:
             def forward(x: Tensor) -> Tensor:
@@ -119,7 +127,7 @@ class ModelPredictor:
 
             return forward
 
-        forward = mean_of([on_device(network) for network in networks])
+        forward = mean_of([on_device(network) for network in self.networks])
         return with_mirroring(forward, self.model.mirror_axes) if self.mirrors else forward
 
     def _turned(self, image: Image) -> tuple[Image, Orientation | None]:
