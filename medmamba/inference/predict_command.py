@@ -28,6 +28,10 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     add("--preset", choices=list(PRESETS), default="accurate", help="accurate (default, as nnU-Net), balanced or fast")
     add("-step_size", "--step", type=_step, metavar="SHARE", help="of the window; default: the preset's")
     add("--disable_tta", "--no-mirroring", action="store_true", help="do not average over reflections: faster")
+    add(
+        "--mask-air", action="store_true", help="leave padding and the air around the patient out of the scans; only "
+        "for models that were trained so"
+    )  # fmt: skip
     add("--max-ram", type=_gigabytes, metavar="GB", help="this process may hold; default: what there is")
     add("-device", "--device", default="auto", help="cpu, cuda, cuda:1, ...; default: cuda where there is one")
     add("--restart", action="store_true", help="do every case again; default: keep results that verify")
@@ -63,6 +67,7 @@ def _run(arguments: argparse.Namespace) -> int:
                 step=preset.step if arguments.step is None else arguments.step,
                 mirrors=preset.mirrors and not arguments.disable_tta,
                 skips_air=preset.skips_air,
+                masks_air=arguments.mask_air,
                 max_ram_gb=arguments.max_ram,
             )
             predictor.prepare()

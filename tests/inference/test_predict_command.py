@@ -17,8 +17,10 @@ import SimpleITK
 from PIL import Image as Picture
 
 from medmamba.cli import main
+from medmamba.inference.model import export_model
 from medmamba.inference.reading import read_image
 from medmamba.inference.writing import verify_segmentation
+from medmamba.mixers import ScanCore
 
 FAST = ["--step", "1", "--disable_tta", "--device", "cpu"]
 
@@ -87,6 +89,32 @@ def test_a_preset_decides_what_no_option_does(package, write_image, tmp_path, op
     assert main([*words, *options]) == 0
     found = cases_of(tmp_path / "b.report.jsonl")["a"]["settings"]
     assert (found["step"], found["mirrors"], found["skips_air"]) == settings
+
+
+def test_air_is_masked_only_where_asked_and_the_report_says_so(make_trained, write_image, tmp_path, monkeypatch):
+    """An image with zeros in a quarter, which nnU-Net's crop cannot remove, on a network with scans."""
+    model = export_model(make_trained(tmp_path / "trained", "vmunet").folder, tmp_path / "model").path
+    values = np.random.default_rng(0).integers(500, 1000, (14, 14, 8)).astype(np.int16)
+    values[:10, :10] = 0
+    image = write_image(tmp_path / "a.nii.gz", values=values, at=np.eye(4))
+    scan, masks = ScanCore.forward, []
+
+    def forward(self, u, grid, *, mask=None):
+        masks.append(mask)
+        return scan(self, u, grid, mask=mask)
+
+    monkeypatch.setattr(ScanCore, "forward", forward)
+    settings = []
+    for options in ([], ["--mask-air"]):
+        out = tmp_path / f"b{len(settings)}.nii.gz"
+        words = ["predict", "-m", str(model), "-i", str(image), "-o", str(out), "--no-preview", "--no-mirroring"]
+        assert main([*words, *options]) == 0
+        settings.append(cases_of(tmp_path / f"b{len(settings)}.report.jsonl")["a"]["settings"])
+        kept = [mask.float().mean() for mask in masks if mask is not None]
+        assert bool(kept) == bool(options)
+    assert 0 < np.mean(kept) < 1
+    assert settings[1] == {**settings[0], "masks_air": True}
+    assert "masks_air" not in settings[0]
 
 
 def test_too_little_memory_fails_the_case_with_the_number_that_is_needed(predict, write_image, tmp_path):

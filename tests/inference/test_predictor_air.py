@@ -10,9 +10,14 @@ from hypothesis import strategies as st
 from nnunetv2.preprocessing.normalization.default_normalization_schemes import CTNormalization, ZScoreNormalization
 
 from medmamba.inference.model.labels import read_labels
-from medmamba.inference.predictor.air import empty_voxels, is_masked
+from medmamba.inference.predictor.air import air_mask, empty_voxels, is_masked, surroundings
+from medmamba.inference.predictor.case import Window, _segmented, pad_to_tile
 from medmamba.inference.predictor.labels import background_logits, decide
-from medmamba.inference.predictor.window import Skip, count_tiles, predict_slabs, tile_starts
+from medmamba.inference.predictor.model_predictor import with_token_mask
+from medmamba.inference.predictor.resample import axis_maps
+from medmamba.inference.predictor.window import Skip, count_tiles, predict_slabs, tile_starts, with_mirroring
+from medmamba.mixers import token_mask
+from medmamba.networks import create_network
 
 TILE, STEP = (4, 6, 5), 0.5
 BACKGROUND = torch.tensor([0.0, -10.0])
@@ -155,3 +160,87 @@ def test_voxels_of_no_tile_are_decided_as_background(has_regions):
         dataset = {"labels": {"background": 0, "a": [1, 2], "b": 2}, "regions_class_order": [1, 2]}
     labels = read_labels(dataset)
     assert decide(background_logits(labels).view(-1, 1, 1), labels).tolist() == [[0]]
+
+
+# --- what is no token to the scans ----------------------------------------------------------------------------------
+
+
+def flooded(empty, margin):
+    """Empty voxels that a flood from the border reaches, further than a margin from all others; slow and plain."""
+    shape = empty.shape
+    on_border = lambda voxel: any(i in (0, size - 1) for i, size in zip(voxel, shape, strict=True))  # noqa: E731
+    reached, todo = set(), [tuple(v) for v in np.argwhere(empty) if on_border(v)]
+    while todo:
+        voxel = todo.pop()
+        if voxel in reached or not all(0 <= i < size for i, size in zip(voxel, shape, strict=True)):
+            continue
+        if empty[voxel]:
+            reached.add(voxel)
+            todo += [tuple(np.add(voxel, step)) for step in (*np.eye(3, dtype=int), *-np.eye(3, dtype=int))]
+    others = [voxel for voxel in np.ndindex(shape) if voxel not in reached]
+    result = np.zeros(shape, bool)
+    for voxel in reached:
+        result[voxel] = all(np.abs(np.subtract(voxel, other)).max() > margin for other in others)
+    return result
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    shape=st.tuples(*[st.integers(1, 7)] * 3),
+    share=st.floats(0, 1),
+    margin=st.integers(0, 2),
+    seed=st.integers(0, 99),
+)
+def test_surroundings_are_what_a_flood_from_the_border_reaches_but_a_margin(shape, share, margin, seed):
+    empty = np.random.default_rng(seed).random(shape) < share
+    assert np.array_equal(surroundings(torch.from_numpy(empty), margin).numpy(), flooded(empty, margin))
+
+
+def test_air_within_a_body_stays():
+    values = torch.from_numpy(in_hu())
+    values[11:13, 11:13, 11:13] = -1000.0  # a lung
+    air = air_mask(values, -500.0, margin_vox=2)
+    inside = torch.zeros(24, 24, 24, dtype=torch.bool)
+    inside[6:18, 6:18, 6:18] = True
+    assert torch.equal(air, ~inside)
+
+
+def test_the_channel_of_the_mask_says_what_is_neither_padding_nor_air():
+    labels = read_labels({"labels": {"background": 0, "a": 1}})
+    image = torch.full((1, 9, 24, 20), -1.0)
+    image[0, 4:6, 10:14, 8:12] = 1.0
+    tile = (16, 24, 20)
+    seen = []
+
+    def forward(x):
+        seen.append(x.clone())
+        return torch.zeros(1, 2, *x.shape[2:])
+
+    maps = axis_maps(image.shape[1:], image.shape[1:], [1.0] * 3, [1.0] * 3)
+    empty = empty_voxels(image, [False])
+    _segmented(image, empty, maps, tile, forward, labels, Window(masks_air=True))
+    (x,) = seen
+    kept = torch.zeros(9, 24, 20)
+    kept[1:9, 7:17, 5:15] = 1
+    expected, inner = pad_to_tile(kept[None], tile)
+    assert torch.equal(x[0, -1], expected[0])
+    assert torch.equal(x[0, :1], pad_to_tile(image, tile)[0])
+    assert inner[0] == slice(3, 12)
+
+
+def test_a_mask_is_mirrored_with_its_tile_and_reaches_the_scans():
+    torch.manual_seed(0)
+    network = create_network("vmunet", 1, 2, strides=[[1, 1, 1], [2, 2, 2], [2, 2, 2]], base_features=8, d_state=2)
+    network = network.eval()
+    x = torch.randn(1, 1, 8, 12, 16)
+    kept = torch.zeros(1, 1, 8, 12, 16)
+    kept[..., :5] = 1
+    forward = with_mirroring(with_token_mask(network, network), [0, 2])
+    with torch.no_grad():
+        expected = torch.zeros(1, 2, 8, 12, 16)
+        for axes in ([], [2], [4], [2, 4]):
+            with token_mask(network, kept[:, 0].flip([axis - 1 for axis in axes]) > 0):
+                expected += network(x.flip(axes)).flip(axes) / 4
+        found = forward(torch.cat([x, kept], 1))
+        torch.testing.assert_close(found, expected)
+        assert not torch.equal(found, with_mirroring(network, [0, 2])(x))

@@ -15,7 +15,7 @@ from medmamba.inference.model import Labels
 from medmamba.inference.model.plans import check_logits_resampling
 from medmamba.stop import Stopped
 
-from .air import empty_voxels, is_masked
+from .air import empty_voxels, is_masked, surroundings
 from .labels import background_logits, decide, dtype_of
 from .resample import AxisMap, axis_maps, resample_slabs
 from .strips import divide_rows
@@ -30,6 +30,8 @@ class Window:
         step: largest distance of two tiles over their size; nnU-Net's is 0.5.
         should_stop: asked before every tile.
         skips_air: whether tiles in which there is nothing are left out; see :mod:`.air`.
+        masks_air: whether ``forward`` is told what is neither padding nor the air around the patient: as one channel
+            more, 1 there and 0 elsewhere.
         max_ram_bytes: of the process, see :mod:`.strips`; None: what the machine or container has.
         facts: takes what there is to report: ``tiles`` of the window, ``tiles_computed`` of them (more where strips
             share tiles), ``strips``.
@@ -38,6 +40,7 @@ class Window:
     step: float = 0.5
     should_stop: Callable[[], bool] = lambda: False
     skips_air: bool = False
+    masks_air: bool = False
     max_ram_bytes: int | None = None
     facts: dict[str, Any] = field(default_factory=dict)
 
@@ -56,7 +59,7 @@ def predict_case(
     Args:
         values: (C, D, H, W) in the file's units, axes as in training.
         spacing_mm: along D, H, W.
-        forward: of the network or networks, (1, C, *tile) float32 -> (1, K, *tile).
+        forward: of the network or networks, (1, C, *tile) float32 -> (1, K, *tile); C + 1 with ``masks_air``.
         plans: of nnU-Net, with the configuration.
         configuration: its name.
         labels: what the outputs of the network mean.
@@ -87,7 +90,7 @@ def predict_case(
     target = properties["shape_after_cropping_and_before_resampling"]
     maps = axis_maps(image.shape[1:], target, [before[0]] * (3 - len(planned)) + planned, before)
     masked = is_masked(settings.normalization_schemes, settings.use_mask_for_norm)
-    empty = empty_voxels(image, masked) if window.skips_air else None
+    empty = empty_voxels(image, masked) if window.skips_air or window.masks_air else None
     cropped = _segmented(image, empty, maps, settings.patch_size, forward, labels, window)
     whole = torch.zeros(tuple(properties["shape_before_cropping"]), dtype=dtype_of(labels))
     whole[tuple(slice(*bounds) for bounds in properties["bbox_used_for_cropping"])] = cropped
@@ -104,9 +107,11 @@ def _segmented(
     window: Window,
 ) -> Tensor:
     """Labels of a preprocessed image (C, D, H, W) on the grid that the maps lead to."""
+    if window.masks_air and empty is not None:
+        image = torch.cat([image, (~surroundings(empty))[None]])
     padded, inner = pad_to_tile(image, tile)
     skip = None
-    if empty is not None:
+    if window.skips_air and empty is not None:
         skip = Skip(pad_to_tile(empty[None], tile, True)[0][0], background_logits(labels))
     computed = _Counted(forward, window.should_stop)
     row_bytes = 4 * labels.num_heads * (tile[0] if len(tile) == 3 else 1) * padded.shape[3]

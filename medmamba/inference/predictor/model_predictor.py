@@ -19,6 +19,7 @@ from medmamba.inference.orientation import Orientation, to_canonical
 from medmamba.inference.protocol import Prediction
 from medmamba.inference.reading import Image
 from medmamba.inference.reading.content import has_content
+from medmamba.mixers import token_mask
 
 from .case import Window, predict_case
 from .window import Forward, mean_of, with_mirroring
@@ -35,6 +36,8 @@ class ModelPredictor:
         step: largest distance of two tiles over their size.
         mirrors: whether to average over reflections.
         skips_air: whether tiles in which there is nothing are left out; see :mod:`.air`.
+        masks_air: whether padding and the air around the patient are no tokens to the scans; see :mod:`.air`. For
+            networks that were trained so: to others it is another input.
         max_ram_gb: what this process may hold, in 10^9 bytes; None: what machine and container leave to it. It changes
             no label, only the time; see :mod:`.strips`.
     """
@@ -45,6 +48,7 @@ class ModelPredictor:
     step: float = 0.5
     mirrors: bool = True
     skips_air: bool = False
+    masks_air: bool = False
     max_ram_gb: float | None = None
 
     @property
@@ -67,6 +71,8 @@ class ModelPredictor:
             "step": self.step,
             "mirrors": self.mirrors,
             "skips_air": self.skips_air,
+            # Named only where it is on, so that results of versions that did not have it are kept.
+            **({"masks_air": True} if self.masks_air else {}),
         }
 
     @property
@@ -91,7 +97,7 @@ class ModelPredictor:
         first, orientation = turned[0]
         spacing = first.spacing_mm
         most = None if self.max_ram_gb is None else int(self.max_ram_gb * 1e9)
-        window = Window(self.step, should_stop, self.skips_air, most)
+        window = Window(self.step, should_stop, self.skips_air, self.masks_air, most)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # nnU-Net's preprocessing warns of what was checked when the image was read
             labels = predict_case(
@@ -125,7 +131,7 @@ class ModelPredictor:
                 logits: Tensor = network(x.to(self.device))
                 return logits
 
-            return forward
+            return with_token_mask(network, forward) if self.masks_air else forward
 
         forward = mean_of([on_device(network) for network in self.networks])
         return with_mirroring(forward, self.model.mirror_axes) if self.mirrors else forward
@@ -135,6 +141,16 @@ class ModelPredictor:
             return image, None
         values, orientation = to_canonical(image.values, image.affine)
         return replace(image, values=values, affine=orientation.affine), orientation
+
+
+def with_token_mask(network: torch.nn.Module, forward: Forward) -> Forward:
+    """A pass of a network whose last input channel says which voxels take part in its scans; see :mod:`.case`."""
+
+    def masked(x: Tensor) -> Tensor:
+        with token_mask(network, x[:, -1] > 0.5):
+            return forward(x[:, :-1])
+
+    return masked
 
 
 def limit_threads() -> None:
