@@ -1,10 +1,11 @@
-"""What rounded weights and clipped scans cost in Dice: copies of a model package on labelled cases.
+r"""What rounded weights and clipped scans cost in Dice: copies of a model package on labelled cases.
 
-    python plans/results/weights.py OUT.csv MODEL IMAGES LABELS [--calibrate-on IMAGES] [--quantile 0.9999]
+    python plans/results/weights.py OUT.csv MODEL IMAGES LABELS [--calibrate-on IMAGES] [--quantile 0.9999] \
+        [--preset balanced]
 
 MODEL is a package in float32 or float16, IMAGES and LABELS folders of nnU-Net's raw layout. Every copy is written as
-`medmamba export MODEL --weights ...` does, and predicts all cases with the preset ``accurate`` in this process, with
-the number of threads that ``OMP_NUM_THREADS`` says. The row ``float32`` is a copy too: its weights are those of MODEL.
+`medmamba export MODEL --weights ...` does, and predicts all cases with the preset in this process, with the number of
+threads that ``OMP_NUM_THREADS`` says. The row ``float32`` is a copy too: its weights are those of MODEL.
 One row per copy, case and label. ``changed`` is the share of voxels with another label than that of ``float32``;
 ``bytes`` is the whole package, ``predict_s`` the time of the case.
 """
@@ -17,6 +18,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ from medmamba.inference.calibrate import scan_input_limits
 from medmamba.inference.metrics import dice
 from medmamba.inference.model import Model, convert_model, load_model
 from medmamba.inference.predictor import ModelPredictor
+from medmamba.inference.presets import PRESETS
 from medmamba.inference.reading import read_image
 from medmamba.inference.settle import settle
 
@@ -42,13 +45,13 @@ COPIES = {
 }
 COLUMNS = (
     *("dataset", "case", "copy", "quantile", "calibrated_on", "label", "dice", "changed", "bytes", "predict_s"),
-    *("threads", "weights", "load", "torch", "nnunetv2", "commit"),
+    *("preset", "threads", "weights", "load", "torch", "nnunetv2", "commit"),
 )
 
 
-def rows_of(model: Model, images: Path, labels: Path, first: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def rows_of(model: Model, images: Path, labels: Path, preset: str, first: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """One row per case and label; ``first`` takes the labels of the first copy."""
-    predictor = ModelPredictor(model)
+    predictor = ModelPredictor(model, **asdict(PRESETS[preset]))
     predictor.prepare()
     size = sum(path.stat().st_size for path in model.path.iterdir())
     for image in sorted(images.glob("*_0000.nii.gz")):
@@ -77,6 +80,7 @@ def measure(arguments: argparse.Namespace) -> Iterator[Mapping[str, Any]]:
     limits = scan_input_limits(source, arguments.calibrate_on, arguments.quantile)
     shared = {
         "dataset": source.dataset_json["name"],
+        "preset": arguments.preset,
         "threads": torch.get_num_threads(),
         "weights": source.id[:12],
         **{name: version(name) for name in ("torch", "nnunetv2")},
@@ -93,7 +97,7 @@ def measure(arguments: argparse.Namespace) -> Iterator[Mapping[str, Any]]:
                 "quantile": arguments.quantile if is_clipped else "",
                 "calibrated_on": limits["cases"] if is_clipped else "",
             }
-            for row in rows_of(copy, arguments.images, arguments.labels, first):
+            for row in rows_of(copy, arguments.images, arguments.labels, arguments.preset, first):
                 yield shared | about | row
 
 
@@ -103,6 +107,7 @@ def main() -> None:
         parser.add_argument(name, type=Path)
     parser.add_argument("--calibrate-on", type=Path, help="images of the clipping; default: IMAGES")
     parser.add_argument("--quantile", type=float, default=0.9999)
+    parser.add_argument("--preset", choices=PRESETS, default="accurate")
     arguments = parser.parse_args()
     arguments.calibrate_on = arguments.calibrate_on or arguments.images
     with arguments.out.open("w", newline="", encoding="utf-8") as stream:
