@@ -212,7 +212,11 @@ def transfer_reconstruction() -> str:
 
 
 def _results(name: str, room: str = "plans") -> list[dict[str, str]]:
-    with (CHECKOUT / room / "results" / f"{name}.csv").open(encoding="utf-8") as stream:
+    return _read(f"{room}/results/{name}.csv")
+
+
+def _read(file: str) -> list[dict[str, str]]:
+    with (CHECKOUT / file).open(encoding="utf-8") as stream:
         return list(csv.DictReader(stream))
 
 
@@ -339,6 +343,44 @@ def presets_cost_table() -> str:
     return _table(["preset", "Dice", "difference, 95 %", "NSD at 1 mm", "Dice of the worst case", "seconds"], table)
 
 
+def weights_table() -> str:
+    """Size and Dice of copies of a package with rounded weights, from plans/results/weights.csv; paired by case."""
+    copies: dict[str, list[dict[str, str]]] = {}
+    for row in _results("weights"):
+        copies.setdefault(row["copy"], []).append(row)
+    table = []
+    for name, rows in copies.items():
+        deltas = [b - a for a, b in zip(_dice_of_cases(copies["float32"]), _dice_of_cases(rows), strict=True)]
+        difference = _interval(deltas) if any(deltas) else ""
+        size = f"{int(rows[0]['bytes']) / 1e6:.2f} MB"
+        table.append([name, size, f"{_mean(rows, 'dice'):.4f}", difference, f"{_mean(rows, 'changed'):.4%}"])
+    return _table(["weights", "package", "Dice", "difference, 95 %", "voxels with another label"], table)
+
+
+def masked_time_table() -> str:
+    """Time of a scan with masked tokens over that without, from kernels/bench/results."""
+    ratios: dict[str, dict[str, str]] = {}
+    for row in _read("kernels/bench/results/epyc-zen4_torch-2.15_masked_1thread.csv"):
+        if row["pattern"] != "none":
+            name = f"{row['grid']}, {row['channels']} channels, {row['state_size']} states, {row['pass']}"
+            column = f"{row['pattern']} {float(row['masked']):.0%}" if float(row["masked"]) else row["pattern"]
+            ratios.setdefault(name, {})[column] = f"{float(row['ratio']):.2f}"
+    columns = list(next(iter(ratios.values())))
+    return _table(["scan", *columns], [[name, *values.values()] for name, values in ratios.items()])
+
+
+def masked_air_table() -> str:
+    """Share of tokens of real CTs that are air or padding, from kernels/bench/results."""
+    sets: dict[tuple[str, ...], dict[int, str]] = {}
+    for row in _read("kernels/bench/results/masked_air.csv"):
+        key = (row["dataset"], row["images"], row["tile"], f"{float(row['padding']):.0%}")
+        cell = f"{float(row['masked']):.0%} ({float(row['masked_least']):.0%} to {float(row['masked_most']):.0%})"
+        sets.setdefault(key, {})[int(row["stride"])] = cell
+    strides = sorted({stride for cells in sets.values() for stride in cells})
+    rows = [[*key, *(cells.get(stride, "") for stride in strides)] for key, cells in sets.items()]
+    return _table(["set", "CTs", "tile", "padding", *(f"stride {stride}" for stride in strides)], rows)
+
+
 def _dice_of_cases(rows: list[dict[str, str]]) -> list[float]:
     """Mean Dice of the labels of every case, in the order of the cases' names."""
     return [
@@ -411,6 +453,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "first-table-hippocampus": lambda: first_table("Dataset004_Hippocampus"),
     "first-table-head-and-neck": lambda: first_table("Dataset101_OpenKBP_HN"),
     "first-table-paired": first_table_paired,
+    "masked-air": masked_air_table,
+    "masked-time": masked_time_table,
     "messages-model": model_messages_table,
     "messages-notes": lambda: image_messages_table(refuses=False),
     "messages-refusals": lambda: image_messages_table(refuses=True),
@@ -427,6 +471,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "transfer-probe": lambda: transfer_table("probe"),
     "transfer-probe-paired": lambda: transfer_paired("probe"),
     "transfer-reconstruction": transfer_reconstruction,
+    "weights": weights_table,
 }
 
 
