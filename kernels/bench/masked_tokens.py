@@ -34,7 +34,7 @@ from medmamba.inference.predictor.window import tile_starts
 from medmamba.inference.reading import read_image
 from medmamba.mixers import ScanCore, pool_mask
 
-#: Grid, channels, states and rank of the step sizes: grids of our networks at a patch of 128 cubed, with fewer channels.
+#: Grid, channels, states and rank of the step sizes: grids of our networks at a patch of 128 cubed, fewer channels.
 CORES = (((32, 32, 32), 96, 16, 6), ((16, 16, 16), 192, 16, 12), ((8, 8, 8), 384, 16, 24), ((32, 32, 32), 96, 1, 6))
 SHARES = (0.25, 0.5, 0.75)
 STRIDES = (1, 2, 4, 8, 16, 32)
