@@ -18,6 +18,8 @@ from medmamba.training.checkpoints import BEST, FINAL, LATEST, candidate, candid
 from medmamba.weights import read_training
 
 LIVES = Path(__file__).with_name("lives.py")
+#: Number of kills -> epochs of the training: enough that no machine is through with it before the last kill.
+EPOCHS = {8: 12, 30: 40}
 SCHEDULE = {
     "num_epochs": 40,
     "num_iterations_per_epoch": 4,
@@ -74,8 +76,11 @@ class Lives:
 @pytest.fixture(scope="module")
 def start_lives(folder, raw_cases, plans_to_train):
     """Lives of a training of its own, by the name of its plans."""
-    names = ("nnUNetWholePlans", "nnUNetKilled8Plans", "nnUNetKilled30Plans", "nnUNetAskedPlans", "nnUNetFullPlans")
-    folder.add_dataset(raw_cases, plans_to_train(SCHEDULE, *names))
+    plans = plans_to_train(SCHEDULE, "nnUNetAskedPlans", "nnUNetFullPlans")
+    for kills, epochs in EPOCHS.items():
+        names = (f"nnUNetWhole{kills}Plans", f"nnUNetKilled{kills}Plans")
+        plans += plans_to_train({**SCHEDULE, "num_epochs": epochs}, *names)
+    folder.add_dataset(raw_cases, plans)
     started = []
 
     def start(name: str) -> Lives:
@@ -87,17 +92,16 @@ def start_lives(folder, raw_cases, plans_to_train):
         lives.close()
 
 
-@pytest.fixture(scope="module")
-def whole(start_lives) -> dict:
+def whole_training(start_lives, kills: int) -> dict:
     """Final checkpoint of the training that nobody ended."""
-    lives = start_lives("nnUNetWholePlans")
+    lives = start_lives(f"nnUNetWhole{kills}Plans")
     lives.start(MEDMAMBA_SAVE_MINUTES="15")
     assert lives.end() == 0, lives.log()[-4000:]
     before = (lives.fold / FINAL).read_bytes()
     (lives.fold / "validation" / "summary.json").unlink()
     lives.start()  # validates again, and does not train
     assert lives.end() == 0, lives.log()[-4000:]
-    assert f"All {SCHEDULE['num_epochs']} epochs are done" in lives.log()
+    assert f"All {EPOCHS[kills]} epochs are done" in lives.log()
     assert (lives.fold / FINAL).read_bytes() == before
     assert (lives.fold / "validation" / "summary.json").is_file()
     return read_training(lives.fold / FINAL)
@@ -129,7 +133,8 @@ def best_of(fold: Path) -> float | None:
 @pytest.mark.parametrize(
     "kills", [pytest.param(8, marks=pytest.mark.slow), pytest.param(30, marks=pytest.mark.nightly)]
 )
-def test_kills_at_random_moments_lose_nothing(start_lives, whole, kills):
+def test_kills_at_random_moments_lose_nothing(start_lives, kills):
+    whole = whole_training(start_lives, kills)
     lives, draw = start_lives(f"nnUNetKilled{kills}Plans"), random.Random(kills)
     position, best, within_a_save = (0, 0), None, 0
     for number in range(kills):
@@ -157,7 +162,7 @@ def test_kills_at_random_moments_lose_nothing(start_lives, whole, kills):
     lives.start(MEDMAMBA_SAVE_MINUTES="15")
     assert lives.end() == 0, lives.log()[-4000:]
     final = read_training(lives.fold / FINAL)
-    assert final["current_epoch"] == SCHEDULE["num_epochs"]
+    assert final["current_epoch"] == EPOCHS[kills]
     assert same_weights(final, whole)
     assert final["_best_ema"] == whole["_best_ema"]
     assert final["logging"]["train_losses"] == whole["logging"]["train_losses"]
