@@ -15,7 +15,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +33,15 @@ class Arm:
         network: registry name, or "stock".
         mode: "scan", a control, or "" for a network without scans.
         mixer: name of a mixer in the place of the network's own blocks, or "".
+        variant: of the network.
+        teacher: trained folder that it learns from, or "".
     """
 
     network: str
     mode: str = ""
     mixer: str = ""
+    variant: str = "small"
+    teacher: str = ""
 
     @property
     def plans(self) -> str:
@@ -48,19 +52,29 @@ class Arm:
         if self.network == STOCK:
             return STOCK_PLANS
         mixer = [get_mixer(self.mixer).title] if self.mixer else []
-        return plans_name(self.network, "small", *mixer, *([] if self.mode in ("", "scan") else [self.mode]))
+        mode = [] if self.mode in ("", "scan") else [self.mode]
+        taught = ["distilled"] if self.teacher else []
+        return plans_name(self.network, self.variant.replace("-", "_"), *mixer, *mode, *taught)
 
     @property
     def label(self) -> str:
         """For files and messages."""
-        return "_".join(part for part in (self.network, self.mixer, self.mode or "plain") if part)
+        variant = "" if self.variant == "small" else self.variant
+        taught = "taught" if self.teacher else ""
+        return "_".join(part for part in (self.network, variant, self.mixer, self.mode or "plain", taught) if part)
 
     @property
     def arguments(self) -> list[str]:
         """Of ``medmamba plan``."""
         mixer = ["--mixer", self.mixer] if self.mixer else []
         control = ["--ssm-mode", self.mode] if self.mode not in ("", "scan") else []
-        return ["--network", self.network, "--variant", "small", *mixer, *control]
+        teacher = ["--teacher", self.teacher] if self.teacher else []
+        return [
+            *("--network", self.network, "--variant", self.variant, "--plans-name", self.plans),
+            *mixer,
+            *control,
+            *teacher,
+        ]
 
 
 @dataclass(frozen=True)
@@ -74,6 +88,7 @@ class Table:
         schedule: option of ``medmamba plan`` -> value.
         settings: dataset number -> ``spacing`` in mm or None for the planned one, and ``patch``.
         seeds: one training of every arm for each.
+        has_half_stock: half of the stock network's planned widths, else all of them.
     """
 
     description: str
@@ -82,6 +97,7 @@ class Table:
     schedule: dict[str, Any]
     settings: dict[int, dict[str, Any]]
     seeds: Sequence[int] = (0, 1)
+    has_half_stock: bool = True
 
     def prepare(self, number: int, dataset: str) -> None:
         """Plans of all arms and preprocessed data."""
@@ -104,7 +120,8 @@ class Table:
         configuration = plans["configurations"]["3d_fullres"]
         configuration.update(batch_size=BATCH_SIZE, patch_size=list(settings["patch"]))
         arguments = configuration["architecture"]["arch_kwargs"]
-        arguments["features_per_stage"] = [width // 2 for width in arguments["features_per_stage"]]
+        if self.has_half_stock:
+            arguments["features_per_stage"] = [width // 2 for width in arguments["features_per_stage"]]
         (preprocessed / f"{STOCK_PLANS}.json").write_text(json.dumps(plans, indent=4))
 
     def train(self, dataset: str, arm: Arm, seed: int) -> None:
@@ -148,7 +165,7 @@ class Table:
         results.mkdir(parents=True, exist_ok=True)
         with (work / f"{name}.log").open("w") as log:
             done = subprocess.run(
-                [sys.executable, self.script, "--train", dataset, arm.network, arm.mode, arm.mixer, str(seed)],
+                [sys.executable, self.script, "--train", dataset, json.dumps(asdict(arm)), str(seed)],
                 env={**os.environ, "nnUNet_results": str(results)},
                 stdout=log,
                 stderr=log,
@@ -159,8 +176,8 @@ class Table:
     def main(self) -> int:
         """The command: all trainings that have no result yet, or with ``--train`` one of them."""
         if sys.argv[1:2] == ["--train"]:
-            dataset, network, mode, mixer, seed = sys.argv[2:]
-            self.train(dataset, Arm(network, mode, mixer), int(seed))
+            dataset, arm, seed = sys.argv[2:]
+            self.train(dataset, Arm(**json.loads(arm)), int(seed))
             return 0
         parser = argparse.ArgumentParser(description=self.description)
         parser.add_argument("work", type=Path, help="folder for data, plans and results")
