@@ -114,10 +114,10 @@ def ssm_modes_table() -> str:
     )
 
 
-def first_table(dataset: str) -> str:
-    """Accuracy of every arm of the first table on one dataset: Dice of each run, their mean, Dice per class."""
+def accuracy_table(results: str, dataset: str) -> str:
+    """Accuracy of every arm of a table of trainings on one dataset: Dice of each run, their mean, Dice per class."""
     rows: dict[tuple[str, str], list[dict[str, str]]] = {}
-    for row in _results("first_table"):
+    for row in _results(results):
         if row["dataset"] == dataset:
             rows.setdefault((row["network"], row["ssm_mode"]), []).append(row)
     classes = [name for name in next(iter(rows.values()))[0] if name.startswith("dice_") and name != "dice_mean"]
@@ -450,8 +450,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "commands": commands_table,
     "changes": changes_lists,
     "curves": curves_table,
-    "first-table-hippocampus": lambda: first_table("Dataset004_Hippocampus"),
-    "first-table-head-and-neck": lambda: first_table("Dataset101_OpenKBP_HN"),
+    "first-table-hippocampus": lambda: accuracy_table("first_table", "Dataset004_Hippocampus"),
+    "first-table-head-and-neck": lambda: accuracy_table("first_table", "Dataset101_OpenKBP_HN"),
     "first-table-paired": first_table_paired,
     "masked-air": masked_air_table,
     "masked-time": masked_time_table,

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from medmamba.layers import VSSBlock, parameter_groups
-from medmamba.mixers import placed_scans
+from medmamba.mixers import CORES, placed_scans
 from medmamba.mixers.block import MixerBlock
 from medmamba.networks import NETWORKS, create_network
 from medmamba.presets import MIXERS
@@ -95,6 +95,15 @@ def test_step_sizes_per_route_reach_the_scans_of_a_mixer():
     lengths = {1 / (4 * low) for low in lows}
     assert max(lengths) <= max(PATCH)  # resets at lines: no dependency is longer than an axis
     assert len(lows) > 1
+
+
+def test_attention_can_stand_at_the_bottleneck_of_any_mixer():
+    attention = {"core": "attention", "expand": 1.0, "gate": None, "local": None}
+    network = build({"name": "vim3d", "deepest": attention})
+    places = {name for name, module in network.named_modules() if isinstance(module, CORES["attention"])}
+    assert {name.split(".")[2] for name in places} == {"3"}
+    assert all(name.startswith("encoder.stages.3.") for name in places)
+    assert network(image()).shape == (2, 2, *PATCH)
 
 
 def test_a_mixer_with_options_needs_a_name():
