@@ -16,10 +16,12 @@ if TYPE_CHECKING:
 def _configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "what",
-        choices=["scan", "cores"],
-        help="scan: the selective scan at the shapes of the shipped networks; cores: every mixer beside convolutions",
+        choices=["scan", "cores", "mixers"],
+        help="scan: the selective scan at the shapes of the shipped networks; cores: every core beside convolutions; "
+        "mixers: a block of every published mixer beside a convolution",
     )
     parser.add_argument("--core", nargs="+", metavar="NAME", help="of cores: which; default: all")
+    parser.add_argument("--mixer", nargs="+", metavar="NAME", help="of mixers: which; default: all")
     parser.add_argument(
         "--backend", nargs="+", metavar="NAME", help="of scan: backends, or reference; default: all that run"
     )
@@ -44,7 +46,7 @@ def _run(arguments: argparse.Namespace) -> int:
     for path in (arguments.out, arguments.plot):
         if path is not None and not path.resolve().parent.is_dir():
             raise CommandError(f"{path.resolve().parent} is not a folder; create it or choose another place")
-    _refuse_options_of_the_other(arguments)
+    _refuse_options_of_others(arguments)
     if arguments.source is not None:
         return _plot_only(arguments)
     import torch
@@ -54,12 +56,15 @@ def _run(arguments: argparse.Namespace) -> int:
         if arguments.threads < 1:
             raise CommandError(f"--threads must be 1 or more, not {arguments.threads}")
         torch.set_num_threads(arguments.threads)
-    return _run_cores(arguments, device) if arguments.what == "cores" else _run_scan(arguments, device)
+    return _run_scan(arguments, device) if arguments.what == "scan" else _run_volumes(arguments, device)
 
 
-def _refuse_options_of_the_other(arguments: argparse.Namespace) -> None:
-    options = ("core",) if arguments.what == "scan" else ("backend", "peers", "no_peers", "plot", "source")
-    for name in options:
+#: Options that only one kind of bench takes.
+_OWN = {"scan": ("backend", "peers", "no_peers", "plot", "source"), "cores": ("core",), "mixers": ("mixer",)}
+
+
+def _refuse_options_of_others(arguments: argparse.Namespace) -> None:
+    for name in (name for what, names in _OWN.items() if what != arguments.what for name in names):
         if getattr(arguments, name):
             spelling = "from" if name == "source" else name.replace("_", "-")
             raise CommandError(f"bench {arguments.what} takes no --{spelling}")
@@ -81,16 +86,17 @@ def _run_scan(arguments: argparse.Namespace, device: torch.device) -> int:
     return 0
 
 
-def _run_cores(arguments: argparse.Namespace, device: torch.device) -> int:
-    from medmamba.bench import cores
+def _run_volumes(arguments: argparse.Namespace, device: torch.device) -> int:
+    from medmamba.bench import cores, mixers, volumes
 
-    names, cases = cores.select(arguments.core, arguments.case)
+    bench, wanted = (cores, arguments.core) if arguments.what == "cores" else (mixers, arguments.mixer)
+    names, cases = bench.select(wanted, arguments.case)
     print(
         f"{'case':<18} {'contender':<16} {'layout':<13} {'pass':<9} {'p50 ms':>10} {'floor ms':>9} {'MMAC':>9} "
         f"{'peak MiB':>9}"
     )
-    rows = _collect(cores.run(names, cases, arguments.seconds, device), _core_line, arguments.out, device)
-    print(*cores.lines(rows), sep="\n")
+    rows = _collect(bench.run(names, cases, arguments.seconds, device), _volume_line, arguments.out, device)
+    print(*volumes.lines(rows), sep="\n")
     return 0
 
 
@@ -125,7 +131,7 @@ def _scan_line(row: dict[str, Any]) -> str:
     )
 
 
-def _core_line(row: dict[str, Any]) -> str:
+def _volume_line(row: dict[str, Any]) -> str:
     start = f"{row['case']:<18} {row['contender']:<16} {row['layout']:<13} {row['pass']:<9}"
     if row["note"]:
         return f"{start} {row['note']}"
@@ -202,4 +208,8 @@ def _plot(rows: Sequence[dict[str, Any]], out: Path) -> None:
     print(f"wrote {out}")
 
 
-BENCH = Command(help="time and memory of the scan and of every mixer on this machine", configure=_configure, run=_run)
+BENCH = Command(
+    help="time and memory of the scan, of its alternatives and of every mixer on this machine",
+    configure=_configure,
+    run=_run,
+)

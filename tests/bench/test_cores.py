@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from medmamba import cli
-from medmamba.bench import cores
+from medmamba.bench import cores, volumes
 from medmamba.mixers import CORES
 
 CPU = torch.device("cpu")
-TINY = cores.CoreCase(6, (3, 4, 5))
+TINY = volumes.VolumeCase(6, (3, 4, 5))
 
 
-def by_name(name: str, layout: str) -> cores.Contender:
+def by_name(name: str, layout: str) -> volumes.Contender:
     (found,) = (c for c in cores.contenders(sorted(CORES)) if (c.name, c.layout) == (name, layout))
     return found
 
@@ -26,15 +26,15 @@ def test_every_core_and_every_convolution_is_timed_on_every_volume():
     assert [case.name for case in cases] == ["C 64 48x48x48", "C 128 24x24x24", "C 256 12x12x12"]
     found = cores.contenders(chosen)
     assert [c.name for c in found if c.kind == "core"] == chosen
-    assert {c.layout for c in found if c.name == cores.YARDSTICK} == {"NCDHW", "channels last"}
+    assert {c.layout for c in found if c.name == volumes.YARDSTICK} == {"NCDHW", "channels last"}
 
 
 @pytest.mark.parametrize("contender", cores.contenders(["global_conv"]), ids=lambda c: f"{c.name} {c.layout}")
 def test_a_pass_gives_a_volume_of_the_same_layout_and_all_gradients(contender):
-    module = contender.build(TINY.channels)
+    module = contender.build(TINY)
     seen = []
     module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    functions = cores.passes(TINY, contender, module, CPU)
+    functions = volumes.passes(TINY, contender, module, CPU)
     y = functions["forward"]()
     tokens = y if contender.kind == "core" else y.flatten(2).mT
     assert tokens.shape == (1, 60, 6)
@@ -46,8 +46,8 @@ def test_a_pass_gives_a_volume_of_the_same_layout_and_all_gradients(contender):
 
 
 def test_the_floor_and_the_operations_are_those_of_a_convolution():
-    module = by_name(cores.YARDSTICK, "NCDHW").build(6)
-    row = cores.describe(TINY, by_name(cores.YARDSTICK, "NCDHW"), module, 1e9, CPU)
+    module = by_name(volumes.YARDSTICK, "NCDHW").build(TINY)
+    row = volumes.describe(TINY, by_name(volumes.YARDSTICK, "NCDHW"), module, 1e9, CPU)
     assert row["parameters"] == 27 * 36 + 6
     # Voxels outside the volume are read as well: the padding is counted.
     assert row["mega_macs"] == pytest.approx(60 * 27 * 36 / 1e6, abs=1e-3)
@@ -55,7 +55,7 @@ def test_the_floor_and_the_operations_are_those_of_a_convolution():
 
 
 def test_what_is_above_its_budget_is_a_row_without_numbers():
-    large = cores.CoreCase(4, (17, 16, 16))
+    large = volumes.VolumeCase(4, (17, 16, 16))
     rows = [row for row in cores.run(["attention"], [large], 0.001) if row["contender"] == "attention"]
     assert [row["note"] for row in rows] == ["not run: 4352 tokens are above its budget of 4096"] * 2
     assert {row["p50_ms"] for row in rows} == {row["mega_macs"] for row in rows} == {""}
@@ -67,21 +67,25 @@ def row(contender: str, layout: str, p50: float, cpu: float | str, threads: int 
 
 
 def test_ratios_are_to_the_faster_full_convolution():
-    rows = [row(cores.YARDSTICK, "NCDHW", 9, 4), row(cores.YARDSTICK, "channels last", 9, 2), row("x", "tokens", 9, 6)]
+    rows = [
+        row(volumes.YARDSTICK, "NCDHW", 9, 4),
+        row(volumes.YARDSTICK, "channels last", 9, 2),
+        row("x", "tokens", 9, 6),
+    ]
     rows.append({**row("y", "tokens", 0, 0), "note": "not run: why", "pass": "training"})
-    assert cores.ratios(rows) == {
-        (cores.YARDSTICK, "NCDHW"): {(8, "forward"): 2},
-        (cores.YARDSTICK, "channels last"): {(8, "forward"): 1},
+    assert volumes.ratios(rows) == {
+        (volumes.YARDSTICK, "NCDHW"): {(8, "forward"): 2},
+        (volumes.YARDSTICK, "channels last"): {(8, "forward"): 1},
         ("x", "tokens"): {(8, "forward"): 3},
     }
-    *_, last = cores.lines(rows)
+    *_, last = volumes.lines(rows)
     assert last.split() == ["x", "tokens", "3", "-"]
 
 
 @pytest.mark.parametrize(("threads", "device"), [(2, "cpu"), (1, "cuda")])
 def test_ratios_are_of_wall_time_where_processor_time_says_little(threads, device):
-    both = [row(cores.YARDSTICK, "NCDHW", 3, 1, threads, device), row("x", "tokens", 6, 1, threads, device)]
-    assert cores.ratios(both)["x", "tokens"] == {(8, "forward"): 2}
+    both = [row(volumes.YARDSTICK, "NCDHW", 3, 1, threads, device), row("x", "tokens", 6, 1, threads, device)]
+    assert volumes.ratios(both)["x", "tokens"] == {(8, "forward"): 2}
 
 
 def test_the_command_writes_what_it_measured(tmp_path, capsys, monkeypatch):
