@@ -16,12 +16,15 @@ SPEC = MixerSpec(
     ),
     summary="a diagonal linear state space along the slices, to and fro, convolutions in the plane; for thick slices",
     theirs=(
-        "a recurrence with complex diagonal states along one axis, in-plane convolutions around it",
+        "a linear recurrence with complex diagonal states along one axis, convolutions in the plane, a gate",
         "the same for every voxel of a slice, not selective",
     ),
     changes=(
+        "to and fro: slices have no order in time",
         "computed as one matrix product per channel instead of a scan: a volume has few slices",
-        "depthwise in-plane convolutions, channels are mixed by the linear maps",
+        "one depthwise convolution in the plane in front of the recurrence instead of full ones into the states and "
+        "out of them; channels are mixed by the linear maps",
+        "a gate as Mamba has it, and an inverted residual behind instead of a block of a ResNet",
         "steps grow with the distance of the slices",
     ),
     block={

@@ -22,7 +22,7 @@ SPEC = MixerSpec(
     ),
     changes=(
         "16 states at every stage instead of 49, 25 and 9: a patch has more tokens, and the cost grows with both",
-        "one direct path per channel",
+        "no further heads on the states of all stages",
     ),
     avoided=(
         "a decay that is added in front of a softmax over the tokens, and so does nothing: left out",

@@ -23,13 +23,13 @@ SPEC = MixerSpec(
     changes=(
         "steps per axis as nnU-Net reduces the axis: eight sub-grids where all axes are alike, four beside thick "
         "slices",
-        "sub-grid i reads route i of the six rasters, so every axis and direction occurs (the original has two "
-        "orders and no reverse)",
-        "LayerNorm for BatchNorm",
+        "sub-grid i reads route i of the six rasters: eight of them have every axis to and fro, four have every axis "
+        "(the original has two orders and no reverse)",
+        "no gate, which the code has; LayerNorm for BatchNorm",
     ),
     avoided=(
         "for other steps than 2 only four sub-grids are scanned and the rest of the output is uninitialised memory",
-        "sizes are padded to a multiple of the step; here sub-grids have the sizes they have",
+        "sizes padded to a multiple of the step; here sub-grids have the sizes they have",
     ),
     block={
         "grid": "phase",

@@ -20,7 +20,7 @@ SPEC = MixerSpec(
     ),
     changes=(
         "six rasters instead of four",
-        "one projection in front of both halves",
+        "one projection and one depthwise convolution in front of both halves, no gate",
         "no expansion, so the scan reads half of the block's width",
     ),
     block={"assign": "half", "expand": 1.0},

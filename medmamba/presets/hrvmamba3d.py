@@ -22,6 +22,7 @@ SPEC = MixerSpec(
     changes=(
         "a depthwise convolution for the deformable one, which exists for CUDA and two dimensions only",
         "7 and 9 are three convolutions of one axis each: dense they would have 343 and 729 weights per channel",
+        "six rasters instead of four",
         "the parallel resolutions of HRNet are left to the decoder of the U-Net",
     ),
     block={"d_state": 1, "position": "multi_kernel", "channel_mix": "mlp"},

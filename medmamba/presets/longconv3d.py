@@ -15,9 +15,13 @@ SPEC = MixerSpec(
         code="HazyResearch/safari",
     ),
     summary="a global separable convolution with free, squashed kernels inside a MedNeXt block",
-    theirs=("a free kernel per axis and channel, squashed: what is smaller than a threshold is 0",),
+    theirs=(
+        "a free kernel per channel as long as the sequence, squashed: every weight is moved towards 0 by a threshold, "
+        "and is 0 below it",
+    ),
     changes=(
-        "outer products of kernels per axis",
+        "a kernel per axis, in both directions; their outer product is the kernel of the volume",
+        "three products with Toeplitz matrices instead of Fourier transforms: cheaper at the sizes of a patch",
         "kernels of a fixed number of weights, stretched to the patch: nothing depends on its size",
         "MedNeXt's block around it: norm, expansion, one residual",
     ),

@@ -21,7 +21,7 @@ SPEC = MixerSpec(
     ),
     changes=(
         "strides per axis of the volume, as nnU-Net reduces it, instead of 10 along a bag without geometry",
-        "a depthwise convolution over the axes for the causal one",
+        "one depthwise convolution over the axes for the causal ones",
     ),
     avoided=("the path without fused kernels uses a variable that does not exist and overwrites one branch",),
     block={"routes": "strided", "gate": "silu", "norm": False},

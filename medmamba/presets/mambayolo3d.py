@@ -20,7 +20,7 @@ SPEC = MixerSpec(
         "the residual of the mixing leaves the local block out, as in the code",
     ),
     changes=(
-        "LayerNorm for BatchNorm",
+        "LayerNorm for BatchNorm, SiLU for GELU around the scan",
         "six rasters instead of four",
         "the first values of Mamba for A (the code has -1 for all)",
     ),

@@ -17,7 +17,8 @@ SPEC = MixerSpec(
     summary="two, four and six routes at coarser and coarser stages",
     theirs=("the number of scans depends on the level of the U-Net",),
     changes=(
-        "few where tokens are many, and no scan over the channels: their order means nothing",
+        "two, four and six are our numbers, few where tokens are many; routes instead of modules side by side",
+        "no scan over the channels: their order means nothing",
         "the model's code is not published, so nothing but the idea is theirs",
     ),
     block={"gate": "silu", "stages": [{"routes": "raster2"}, {"routes": "raster4"}, {"routes": "raster6"}]},

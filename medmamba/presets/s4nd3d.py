@@ -22,6 +22,7 @@ SPEC = MixerSpec(
     ),
     changes=(
         "three products with Toeplitz matrices instead of Fourier transforms: cheaper at the sizes of a patch",
+        "kernels of unit energy at every size, 16 complex modes; A is not learned",
         "MedNeXt's block around it: norm, expansion, one residual",
     ),
     avoided=("tensor ranks above 1, which its path for three dimensions does not sum over",),

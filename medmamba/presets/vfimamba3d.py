@@ -18,11 +18,13 @@ SPEC = MixerSpec(
     theirs=(
         "streams interleaved token by token, so that the same place of another stream is the next token; shared "
         "weights",
-        "channel attention, learned share of the residual",
+        "channel attention, and a learned weight per channel at the residual",
     ),
     changes=(
         "streams are groups of channels: nnU-Net's first convolution has joined the modalities already",
         "interleaved along the fastest axis of every route, three in a volume",
+        "squeeze and excitation inside the mixing instead of a block of convolutions with channel attention behind it; "
+        "the learned weight is on the mixing (LayerScale), not on the input",
     ),
     avoided=("the inverse of the two vertical routes, which brings 25 to 40 % of the positions home",),
     block={"assign": "streams", "groups": 2, "gate": "silu", "modulation": "se", "residual": "scaled"},

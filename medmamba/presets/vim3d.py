@@ -27,7 +27,7 @@ SPEC = MixerSpec(
     ),
     avoided=(
         "a learned position embedding of a fixed size, which stops users at another resolution (hustvl/Vim#112)",
-        "the sum of both directions, which gave NaN under autocast (hustvl/Vim#30)",
+        "a sum of both directions without the half, which users report as NaN in mixed precision (hustvl/Vim#30)",
     ),
     block={"routes": "raster2", "parameters": "direction", "merge": "mean", "gate": "silu", "norm": False},
 )

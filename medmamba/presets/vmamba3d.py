@@ -20,6 +20,6 @@ SPEC = MixerSpec(
         "their sum, LayerNorm, an MLP",
         "one state per channel and no gate, as in the released second version",
     ),
-    changes=("six rasters instead of four: every axis is the fastest once, to and fro",),
+    changes=("six rasters instead of four: every axis is fastest once, to and fro",),
     block={"d_state": 1, "channel_mix": "mlp"},
 )

@@ -20,11 +20,13 @@ SPEC = MixerSpec(
         "a linear gate, position convolutions in front of mixing and MLP, softmax attention at the last stage",
     ),
     changes=(
-        "the weights of the tokens are divided by their sum: the published sum grows with the number of tokens, "
-        "and a patch has a thousand times those of an image",
-        "without it the direct path vanishes behind the norm and the result depends on the patch size",
+        "the weights of the tokens are divided by their sum; the decay rate of a head then cancels and is left out",
+        "heads of 16 channels at every stage",
     ),
-    avoided=("the sum without normalisation, behind the reported NaN (YuHengsss/VSSD#5)",),
+    avoided=(
+        "a sum that grows with the number of tokens, until the direct path vanishes behind the norm and the result "
+        "depends on the patch size (users of the operator report NaN, YuHengsss/VSSD#5; the cause is open there)",
+    ),
     block={
         "core": "nc_ssd",
         "d_state": 64,
