@@ -43,7 +43,7 @@ def test_the_readme_holds_the_networks_table():
 def test_a_stale_table_is_seen_and_an_unknown_one_refused():
     text = "<!-- table: ssm-modes -->\nold\n<!-- end table -->\n"
     assert "old" not in tables.refreshed(text)
-    with pytest.raises(KeyError, match="known: changes, commands"):
+    with pytest.raises(KeyError, match="known: block-options, changes"):
         tables.refreshed("<!-- table: nothing -->\n<!-- end table -->")
 
 

@@ -11,10 +11,14 @@ from __future__ import annotations
 
 import argparse
 import csv
+import inspect
+import json
+import math
 import re
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +116,145 @@ def ssm_modes_table() -> str:
         ["`ssm_mode`", "what stands in the place of the scan"],
         [[f"`{name}`", _first_line(core.__doc__)] for name, core in sorted(CORES.items())],
     )
+
+
+def mixers_table() -> str:
+    """Published mixers, and the size of a small VM-UNet with their blocks at nnU-Net's usual plan."""
+    from medmamba.presets import MIXERS
+
+    rows = [["", "", "VM-UNet's own blocks", *_size_with_mixer(None)]]
+    for name, spec in sorted(MIXERS.items()):
+        paper = f"[{spec.source.title.partition(':')[0]}]({spec.source.link}), {spec.source.year}"
+        rows.append([f"[`{name}`](#{name})", paper, _cell(spec.summary), *_size_with_mixer(name)])
+    return _table(["mixer", "paper", "in one line", "parameters", "GMAC"], rows)
+
+
+def _size_with_mixer(mixer: str | None) -> list[str]:
+    """Parameters and multiply-accumulates of a small VM-UNet with a mixer."""
+    import torch
+
+    from medmamba.diagnostics.operations import operations
+    from medmamba.networks import NETWORKS, create_network
+    from medmamba.networks.spec import USUAL_PATCH, USUAL_STRIDES
+
+    spec = NETWORKS["vmunet"]
+    small = {
+        name: value for name, value in spec.presets["small"].items() if not mixer or name not in spec.block_arguments
+    }
+    with torch.device("meta"):
+        network = create_network("vmunet", INPUT_CHANNELS, NUM_CLASSES, strides=USUAL_STRIDES, mixer=mixer, **small)
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    return [_millions(parameters), f"{operations(network, INPUT_CHANNELS, USUAL_PATCH).total / 1e9:.1f}"]
+
+
+def mixers_cost_table(channels: str) -> str:
+    """What a block of every mixer costs on one CPU thread, beside a full convolution of the same width."""
+    rows = [row for row in _bench("mixers") if row["channels"] == channels]
+    blocks: dict[tuple[str, str], dict[str, dict[str, str]]] = {}
+    for row in rows:
+        blocks.setdefault((row["contender"], row["layout"]), {})[row["pass"]] = row
+    ratios = _ratios(rows)
+    lines = [
+        _cost_of(passes["forward"], passes["training"], ratios[block])
+        for block, passes in blocks.items()
+        # Of the convolution, the faster memory format.
+        if passes["forward"]["kind"] == "mixer" or ratios[block][channels, "forward"] == 1
+    ]
+    head = ["block", "parameters", "MMAC", "tokens x routes", "elements", "CPU ms", "x the convolution", "peak MiB"]
+    return _table(head, lines)
+
+
+def _cost_of(
+    forward: Mapping[str, str], training: Mapping[str, str], ratios: Mapping[tuple[Any, str], float]
+) -> list[str]:
+    """A line of the table of costs."""
+    voxels = math.prod(map(int, forward["grid"].split("x")))
+    tokens = int(forward["scan_tokens"] or 0) / voxels
+    elements = int(forward["scan_elements"] or 0) / voxels / int(forward["channels"])
+    both = [
+        ", ".join(f"{float(row[column]):.0f}" for row in (forward, training)) for column in ("cpu_min_ms", "peak_mib")
+    ]
+    return [
+        f"`{forward['contender']}`" if forward["kind"] == "mixer" else f"{forward['contender']}, {forward['layout']}",
+        f"{int(forward['parameters']):,}",
+        f"{float(forward['mega_macs']):.0f}",
+        f"{tokens:.3g}" if tokens else "",
+        f"{elements:.3g}" if elements else "",
+        both[0],
+        f"**{_pair(ratios, forward['channels'])}**",
+        both[1],
+    ]
+
+
+def _bench(what: str) -> list[dict[str, str]]:
+    """Rows of the measurement of cores or mixers on one CPU thread."""
+    (file,) = (CHECKOUT / "kernels" / "bench" / "results").glob(f"*_{what}_1thread.csv")
+    with file.open(encoding="utf-8") as stream:
+        return list(csv.DictReader(stream))
+
+
+def _ratios(rows: list[dict[str, str]]) -> dict[tuple[str, str], dict[tuple[Any, str], float]]:
+    from medmamba.bench.volumes import ratios
+
+    return ratios(rows)
+
+
+def mixer_sections() -> str:
+    """A section per mixer: the source, what is theirs, what we changed, and the defects that ours does not have."""
+    from medmamba.presets import MIXERS
+
+    lines = []
+    for name, spec in sorted(MIXERS.items()):
+        source = spec.source
+        code = f", code: [{source.code}](https://github.com/{source.code})" if source.code else ""
+        lines += [f"### {name}", "", f"[{source.title}]({source.link}), {source.authors}, {source.year}{code}", ""]
+        lines += [f"{_sentence(spec.summary)} Trainers: `..._{spec.title}`.", ""]
+        parts = {"Theirs": spec.theirs, "Changed": spec.changes, "Defects of the code avoided": spec.avoided}
+        for head, texts in parts.items():
+            lines += [f"{head}:", "", *(f"- {_cell(text)}" for text in texts), ""] if texts else []
+        options = json.dumps(dict(spec.block))
+        lines += [f"Options: `{options}`", ""]
+    return "\n".join(lines).rstrip()
+
+
+def _sentence(text: str) -> str:
+    text = _cell(text)
+    return f"{text[0].upper()}{text[1:]}."
+
+
+def block_options_table() -> str:
+    """Options of a block with their defaults, from the docstring of their class."""
+    from medmamba.mixers.block import BlockOptions
+
+    # Some versions of Python take the indentation of docstrings away.
+    section = inspect.cleandoc(BlockOptions.__doc__ or "").partition("Attributes:\n")[2].partition("\n\n")[0]
+    meanings = dict(re.findall(r"^ {4}(\w+): (.*?)(?=^ {4}\w|\Z)", section + "\n", re.DOTALL | re.MULTILINE))
+    rows = []
+    for field in fields(BlockOptions):
+        made: Any = field.default_factory() if field.default_factory is not MISSING else field.default
+        default = json.dumps(list(made) if isinstance(made, tuple) else made)
+        text = re.sub(r":\w+:`~?([\w.]+)`", r"`\1`", meanings[field.name])
+        rows.append([f"`{field.name}`", f"`{default}`", _cell(text).rstrip(".")])
+    return _table(["option", "default", "meaning"], rows)
+
+
+def cores_table() -> str:
+    """Cores, whether they read an order, and their time beside a full convolution on one CPU thread."""
+    from medmamba.mixers import CORES
+
+    ratios = _ratios(_bench("cores"))
+    rows = []
+    for name, core in sorted(CORES.items()):
+        has_order = hasattr(core(4, d_state=2, dt_rank=1, routes="raster2"), "routes")
+        cells = [_pair(ratios.get((name, "tokens"), {}), channels) for channels in ("64", "128", "256")]
+        rows.append([f"`{name}`", _first_line(core.__doc__), "routes" if has_order else "none", *cells])
+    return _table(["core", "in one line", "order", "64, 48 cubed", "128, 24 cubed", "256, 12 cubed"], rows)
+
+
+def _pair(ratios: Mapping[tuple[Any, str], float], channels: str) -> str:
+    """Ratios of inference and training; a dash for what was not run."""
+    found = (ratios.get((channels, name)) for name in ("forward", "training"))
+    return ", ".join("-" if ratio is None else f"{ratio:.2g}" if ratio >= 0.005 else "0" for ratio in found)
 
 
 def accuracy_table(results: str, dataset: str) -> str:
@@ -447,8 +590,10 @@ def _messages_table(messages: Mapping[str, Any]) -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "block-options": block_options_table,
     "commands": commands_table,
     "changes": changes_lists,
+    "cores": cores_table,
     "curves": curves_table,
     "first-table-hippocampus": lambda: accuracy_table("first_table", "Dataset004_Hippocampus"),
     "first-table-head-and-neck": lambda: accuracy_table("first_table", "Dataset101_OpenKBP_HN"),
@@ -458,6 +603,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "messages-model": model_messages_table,
     "messages-notes": lambda: image_messages_table(refuses=False),
     "messages-refusals": lambda: image_messages_table(refuses=True),
+    "mixers": mixers_table,
+    "mixers-cost-64": lambda: mixers_cost_table("64"),
+    "mixers-cost-128": lambda: mixers_cost_table("128"),
+    "mixers-sections": mixer_sections,
     "model-problems": model_problems_table,
     "networks": networks_table,
     "networks-readme": lambda: networks_table("docs/reference/networks.md"),

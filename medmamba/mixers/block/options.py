@@ -51,7 +51,7 @@ class BlockOptions:
     """A token mixing block. All values are JSON.
 
     Attributes:
-        core: name in :data:`medmamba.mixers.CORES`, or of a third party; None leaves the mixing of tokens out.
+        core: name in :data:`medmamba.mixers.CORES`; None leaves the mixing of tokens out.
         core_options: further arguments of the core.
         d_state: N of the core.
         grid: "full"; "pool": one route reads the volume, the others a smaller one; "phase": interleaved sub-grids;
@@ -69,7 +69,8 @@ class BlockOptions:
         gate: "silu", "linear" or None.
         norm: LayerNorm behind the mixing.
         modulation: "se", "affinity" or None.
-        local: convolution between in-projection and mixing: "dwconv", "local_spatial", "multi_kernel" or None.
+        local: convolution between in-projection and mixing: "dwconv", "in_plane" (not along the slowest axis),
+            "local_spatial", "multi_kernel" or None.
         before: the same in front of the block's norm.
         beside: a convolution side by side with all of this.
         position: "conv": x + depthwise convolution of x in front; "multi_kernel"; or None.
