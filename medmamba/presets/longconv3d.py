@@ -14,7 +14,7 @@ SPEC = MixerSpec(
         link="https://arxiv.org/abs/2302.06646",
         code="HazyResearch/safari",
     ),
-    summary="a global separable convolution with free, squashed kernels inside a MedNeXt block",
+    summary="a separable convolution with free, squashed kernels of 32 tokens to either side inside a MedNeXt block",
     theirs=(
         "a free kernel per channel as long as the sequence, squashed: every weight is moved towards 0 by a threshold, "
         "and is 0 below it",
@@ -22,7 +22,8 @@ SPEC = MixerSpec(
     changes=(
         "a kernel per axis, in both directions; their outer product is the kernel of the volume",
         "three products with Toeplitz matrices instead of Fourier transforms: cheaper at the sizes of a patch",
-        "kernels of a fixed number of weights, stretched to the patch: nothing depends on its size",
+        "32 weights per axis and direction at any patch: a shorter axis uses the first ones, on a longer one tokens "
+        "further apart do not see each other here",
         "MedNeXt's block around it: norm, expansion, one residual",
     ),
     avoided=("a default threshold above all first weights, so that kernel and gradient are exactly 0",),

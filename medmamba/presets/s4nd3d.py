@@ -25,7 +25,9 @@ SPEC = MixerSpec(
         "kernels of unit energy at every size, 16 complex modes; A is not learned",
         "MedNeXt's block around it: norm, expansion, one residual",
     ),
-    avoided=("tensor ranks above 1, which its path for three dimensions does not sum over",),
+    avoided=(
+        "tensor ranks above 1 that its path for three dimensions does not sum over: here one by default, all summed",
+    ),
     block={
         "core": "global_conv",
         "core_options": {"kernel": "s4d"},

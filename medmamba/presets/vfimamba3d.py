@@ -26,6 +26,6 @@ SPEC = MixerSpec(
         "squeeze and excitation inside the mixing instead of a block of convolutions with channel attention behind it; "
         "the learned weight is on the mixing (LayerScale), not on the input",
     ),
-    avoided=("the inverse of the two vertical routes, which brings 25 to 40 % of the positions home",),
+    avoided=("the inverse of the two vertical routes, which brings only 25 to 40 % of the positions home",),
     block={"assign": "streams", "groups": 2, "gate": "silu", "modulation": "se", "residual": "scaled"},
 )
