@@ -55,9 +55,9 @@ ROOMS: dict[str, Room] = {
     TRITON_KERNELS: Room(third_party=TORCH | {"triton"}),
     TRITON_SSD: Room((TRITON_KERNELS,), TORCH | {"triton"}),
     "medmamba.layers": Room(("medmamba_kernels",), TORCH),
-    "medmamba.mixers": Room(("medmamba_kernels", "medmamba.layers"), TORCH),
+    "medmamba.mixers": Room(("medmamba_kernels", "medmamba.entry_points", "medmamba.layers"), TORCH),
     # Data about published mixers: names of trainers and plans come from here, in processes without torch too.
-    "medmamba.presets": Room(),
+    "medmamba.presets": Room(("medmamba.entry_points",)),
     "medmamba.networks": Room(("medmamba_kernels", "medmamba.layers", "medmamba.mixers", "medmamba.presets"), TORCH),
     "medmamba.weights": Room(
         ("medmamba_kernels", *NETWORK_ROOMS, "medmamba.files"), TORCH, lazy=frozenset({"safetensors"})
@@ -136,6 +136,7 @@ ROOMS: dict[str, Room] = {
         lazy=frozenset({"matplotlib", "nnunetv2", "numpy"}),
     ),
     "medmamba.command": Room(),
+    "medmamba.entry_points": Room(),
     "medmamba.files": Room(),
     "medmamba.palette": Room(),
     "medmamba.stop": Room(),

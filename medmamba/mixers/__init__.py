@@ -12,11 +12,16 @@ with resets stay the same. To a convolution they are zeros.
 :func:`token_mask` gives all cores of a network their masks, from one of voxels.
 
 :class:`MultiHeadCore` puts several cores side by side; :class:`GatedFusion` is a ``fusion``.
+
+A core of a third party is an entry point of the group ``medmamba.cores`` that leads to such a class; where a core is
+named, its name will do. :mod:`medmamba.mixers.laws` says what every core and mixer must do.
 """
 
 from __future__ import annotations
 
 from torch import nn
+
+from medmamba.entry_points import entry
 
 from .attention import AttentionCore
 from .controls import DepthwiseCore, LTICore, ShuffledCore, WindowedCore
@@ -50,24 +55,34 @@ CORES: dict[str, type[nn.Module]] = {
     "windowed": WindowedCore,
 }
 
+#: Group of the entry points of third parties.
+GROUP = "medmamba.cores"
+
 #: Cores that stand for the scan in a comparison, with its number of parameters (``identity`` has none to match).
 CONTROLS = ("dwconv", "identity", "lti", "shuffled", "windowed")
 
 
 def get_core(name: str) -> type[nn.Module]:
-    """The class of a core.
+    """The class of a core, ours or a third party's.
 
     Raises:
         KeyError: an unknown name; the message lists the known ones.
+        TypeError: an entry point that leads to something else.
     """
-    if name not in CORES:
-        raise KeyError(f"no ssm_mode {name!r}; known: {', '.join(sorted(CORES))}")
-    return CORES[name]
+    return entry(GROUP, name, CORES, "ssm_mode", _problem)
+
+
+def _problem(found: object) -> str:
+    if isinstance(found, type) and issubclass(found, nn.Module):
+        return ""
+    kind = found.__name__ if isinstance(found, type) else f"a {type(found).__name__}"
+    return f"{kind}, not to a class of torch.nn.Module"
 
 
 __all__ = [
     "CONTROLS",
     "CORES",
+    "GROUP",
     "AttentionCore",
     "DepthwiseCore",
     "GatedFusion",

@@ -5,7 +5,7 @@ A mixer of a third party is an entry point of the group ``medmamba.mixers`` that
 
 from __future__ import annotations
 
-from importlib.metadata import entry_points
+from medmamba.entry_points import entry
 
 from . import (
     convs5z,
@@ -64,16 +64,11 @@ def get_mixer(name: str) -> MixerSpec:
         KeyError: an unknown name; the message lists the known ones.
         TypeError: an entry point that leads to something else.
     """
-    if name in MIXERS:
-        return MIXERS[name]
-    theirs = entry_points(group=GROUP)
-    for point in theirs.select(name=name):
-        spec = point.load()
-        if not isinstance(spec, MixerSpec):
-            raise TypeError(f"entry point {GROUP}: {name} leads to a {type(spec).__name__}, not to a MixerSpec")
-        return spec
-    known = ", ".join(sorted({*MIXERS, *theirs.names}))
-    raise KeyError(f"no mixer {name!r}; known: {known}")
+    return entry(GROUP, name, MIXERS, "mixer", _problem)
+
+
+def _problem(found: object) -> str:
+    return "" if isinstance(found, MixerSpec) else f"a {type(found).__name__}, not to a MixerSpec"
 
 
 __all__ = ["GROUP", "MIXERS", "MixerSpec", "Source", "get_mixer"]
