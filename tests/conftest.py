@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
+import textwrap
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -72,3 +75,22 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Pages that are slow come first: one takes as long as half of the other slow tests, which then run beside it."""
     items.sort(key=lambda item: "test_docs.py" not in item.nodeid or item.get_closest_marker("slow") is None)
+
+
+@pytest.fixture
+def add_distribution(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """``add_distribution(name, entry_points, **modules)``: as if pip had installed it; returns its folder."""
+
+    def add(name: str, entry_points: str, **modules: str) -> Path:
+        folder = tmp_path_factory.mktemp("site")
+        for module, source in modules.items():
+            (folder / f"{module}.py").write_text(textwrap.dedent(source))
+            monkeypatch.delitem(sys.modules, module, raising=False)
+        info = folder / f"{name.replace('-', '_')}-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text(textwrap.dedent(entry_points))
+        monkeypatch.syspath_prepend(folder)
+        return folder
+
+    return add

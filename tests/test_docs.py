@@ -83,8 +83,16 @@ def programs() -> Iterator[pytest.param]:
                 yield pytest.param(chosen, marks=marks, id=f"{page.relative_to(CHECKOUT / 'docs')}:{language}")
 
 
+def own_installations(folder: Path) -> dict[str, str]:
+    """Variables by which ``pip install`` of a page installs into the folder, and not into what is under test."""
+    # Only site folders read the .pth file of an editable installation.
+    (folder / "sitecustomize.py").write_text(f"import site\nsite.addsitedir({str(folder)!r})\n")
+    before = os.environ.get("PYTHONPATH")
+    return {"PIP_TARGET": str(folder), "PYTHONPATH": os.pathsep.join([str(folder), *([before] if before else [])])}
+
+
 @pytest.mark.parametrize("blocks", list(programs()))
-def test_a_page_runs(blocks, tmp_path):
+def test_a_page_runs(blocks, tmp_path, tmp_path_factory):
     if blocks[0].language == "bash":
         program = ["bash", "-euo", "pipefail", "-c", "\n".join(block.code for block in blocks)]
     else:
@@ -94,6 +102,7 @@ def test_a_page_runs(blocks, tmp_path):
     environment |= {"nnUNet_def_n_proc": "1", "nnUNet_n_proc_DA": "1"}
     # The programs of the environment under test come first, whether or not it is activated.
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    environment |= own_installations(tmp_path_factory.mktemp("installed"))
     result = subprocess.run(
         program,
         cwd=tmp_path,

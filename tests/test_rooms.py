@@ -45,7 +45,10 @@ class Room:
     lazy: frozenset[str] = field(default_factory=frozenset)
 
 
-LOWER = ("medmamba_kernels", *NETWORK_ROOMS, "medmamba.presets", "medmamba.command", "medmamba.files", "medmamba.stop")
+LOWER = (
+    *("medmamba_kernels", *NETWORK_ROOMS, "medmamba.presets"),
+    *("medmamba.command", "medmamba.entry_points", "medmamba.files", "medmamba.stop"),
+)
 TORCH = frozenset({"torch"})
 TRITON_KERNELS = "medmamba_kernels.backends._triton_kernels"
 TRITON_SSD = "medmamba_kernels.backends._triton_ssd"
@@ -135,6 +138,7 @@ ROOMS: dict[str, Room] = {
         TORCH,
         lazy=frozenset({"matplotlib", "nnunetv2", "numpy"}),
     ),
+    "medmamba.new_mixer": Room(("medmamba.command", "medmamba.mixers", "medmamba.presets")),
     "medmamba.command": Room(),
     "medmamba.entry_points": Room(),
     "medmamba.files": Room(),

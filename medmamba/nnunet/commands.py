@@ -139,12 +139,22 @@ def _encoder(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _configure_doctor(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--mixer",
+        metavar="NAME",
+        help="check a mixer instead, ours or that of an installed package: the laws of cores and mixers, one line each",
+    )
+
+
 def _doctor(arguments: argparse.Namespace) -> int:
     from medmamba.nnunet.doctor import examine, heading, line, summary
+    from medmamba.nnunet.doctor_mixer import examine_mixer
 
+    found = examine() if arguments.mixer is None else examine_mixer(arguments.mixer)
     print(heading(), flush=True)
     checks = []
-    for check in examine():
+    for check in found:
         checks.append(check)
         print(line(check), flush=True)
     print(summary(checks))
@@ -185,5 +195,7 @@ ENCODER = Command(
     run=_encoder,
 )
 DOCTOR = Command(
-    help="check this installation and name the remedy for what fails", configure=_no_arguments, run=_doctor
+    help="check this installation, or a mixer, and name the remedy for what fails",
+    configure=_configure_doctor,
+    run=_doctor,
 )

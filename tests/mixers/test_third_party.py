@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import textwrap
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -59,15 +55,9 @@ ENTRY_POINTS = """
 
 
 @pytest.fixture(autouse=True)
-def theirs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A distribution, as pip would install it, that adds mixers and cores (and tries to replace two of ours)."""
-    (tmp_path / "their_mixers.py").write_text(textwrap.dedent(MODULE))
-    info = tmp_path / "their_mixers-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: their-mixers\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(textwrap.dedent(ENTRY_POINTS))
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "their_mixers", raising=False)
+def _theirs(add_distribution) -> None:
+    """Mixers and cores of another distribution, which tries to replace two of ours."""
+    add_distribution("their-mixers", ENTRY_POINTS, their_mixers=MODULE)
 
 
 def test_a_mixer_and_its_core_are_found_by_name():

@@ -76,6 +76,31 @@ def test_a_mixer_and_its_options_go_into_the_plans(dataset):
     assert configuration["architecture"]["arch_kwargs"]["mixer"] == expected
 
 
+def test_a_mixer_of_another_package_is_planned_by_name(dataset, add_distribution):
+    add_distribution(
+        "their-mixers",
+        "[medmamba.mixers]\nmean3d = their_mixers:SPEC\n\n[medmamba.cores]\nmean3d = their_mixers:Mean3DCore\n",
+        their_mixers="""
+            from medmamba.mixers import IdentityCore
+            from medmamba.presets import MixerSpec, Source
+
+            class Mean3DCore(IdentityCore):
+                pass
+
+            SPEC = MixerSpec("mean3d", "Mean3D", Source("", "", 2026, ""), "", ("",), ("",), block={"core": "mean3d"})
+        """,
+    )
+    for options, name in (([], ""), (["--ssm-mode", "identity"], "Identity")):
+        assert main(["plan", "-d", "901", *SMALL, "--mixer", "mean3d", *options]) == 0
+        plans = json.loads((dataset / f"nnUNetMedMambaVMUNetSmallMean3D{name}Plans.json").read_text())
+        arguments = plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]
+        assert arguments["mixer"]["name"] == "mean3d"
+        assert arguments.get("ssm_mode", "scan") == (name.lower() or "scan")
+    assert main(["plan", "-d", "901", *SMALL, "--ssm-mode", "mean3d", "--plans-name", "Core"]) == 0
+    in_vim = ["--mixer", "vim3d", "--mixer-set", "core=mean3d", "--plans-name", "InVim"]
+    assert main(["plan", "-d", "901", *SMALL, *in_vim]) == 0
+
+
 def test_planning_again_replaces_and_says_so(dataset, capsys):
     for word, batch in (("wrote", 2), ("replaced", 3)):
         assert main(["plan", "-d", "901", *SMALL, "--batch-size", str(batch)]) == 0

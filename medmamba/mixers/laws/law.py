@@ -16,7 +16,7 @@ class Law:
     """One law.
 
     Attributes:
-        name: one or two words.
+        name: one or two words, once among the laws of cores and once among those of mixers.
         says: what holds, in one sentence.
         remedy: what to do where it is broken.
         holds: ``holds(subject, case)`` raises :class:`LawBroken`, or any other error, where it does not.
@@ -45,7 +45,7 @@ class Law:
             except Exception as error:  # a third party's module may fail in any way
                 seen = str(error) if isinstance(error, LawBroken) else f"{type(error).__name__}: {error}"
                 where = f"{chosen}: " if chosen else ""
-                raise LawBroken(f"{self.name}: {where}{' '.join(seen.split())}") from error
+                raise LawBroken(where + " ".join(seen.split())) from error
 
     def __str__(self) -> str:
         return self.name
