@@ -278,6 +278,25 @@ def accuracy_table(results: str, dataset: str) -> str:
     return _table(head + [name.removeprefix("dice_") for name in classes], lines)
 
 
+def distillation_table() -> str:
+    """The student with and without its teacher, the teacher and the stock network: Dice and processor time."""
+    names = {
+        "teacher": "teacher (`vmunet` small)",
+        "stock_plain": "`PlainConvUNet`, half widths",
+        "vmunet_cpu-student_scan": "student (`cpu-student`)",
+        "vmunet_cpu-student_scan_taught": "student, taught",
+    }
+    rows: dict[tuple[str, str], list[dict[str, str]]] = {}
+    for row in _results("distillation"):
+        rows.setdefault((row["network"], row["seed"]), []).append(row)
+    lines = []
+    for (network, seed), of_arm in sorted(rows.items(), key=lambda item: (list(names).index(item[0][0]), item[0][1])):
+        seconds = statistics.mean({row["case"]: float(row["cpu_s"]) for row in of_arm}.values())
+        parameters, dice = f"{int(of_arm[0]['parameters']):,}", f"**{_mean(of_arm, 'dice'):.3f}**"
+        lines.append([names[network], seed, parameters, dice, f"{seconds:.2f}"])
+    return _table(["network", "seed", "parameters", "Dice", "processor seconds per volume"], lines)
+
+
 def first_table_paired() -> str:
     """Differences in Dice between scan and control."""
     return _table(
@@ -598,6 +617,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "first-table-hippocampus": lambda: accuracy_table("first_table", "Dataset004_Hippocampus"),
     "first-table-head-and-neck": lambda: accuracy_table("first_table", "Dataset101_OpenKBP_HN"),
     "first-table-paired": first_table_paired,
+    "mixers-hippocampus": lambda: accuracy_table("mixers", "Dataset004_Hippocampus"),
+    "distillation": distillation_table,
     "masked-air": masked_air_table,
     "masked-time": masked_time_table,
     "messages-model": model_messages_table,
