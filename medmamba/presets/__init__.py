@@ -1,6 +1,7 @@
 """Published token mixers as data, one file each. Imports nothing heavy: names of trainers and plans come from here.
 
-A mixer of a third party is an entry point of the group ``medmamba.mixers`` that leads to a :class:`MixerSpec`.
+A mixer of a third party is an entry point of the group ``medmamba.mixers`` that leads to a :class:`MixerSpec`; a core
+of theirs is one of the group ``medmamba.cores`` (:mod:`medmamba.mixers`).
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ class BlockOptions:
     """A token mixing block. All values are JSON.
 
     Attributes:
-        core: name in :data:`medmamba.mixers.CORES`; None leaves the mixing of tokens out.
+        core: name in :data:`medmamba.mixers.CORES`, or of a third party; None leaves the mixing of tokens out.
         core_options: further arguments of the core.
         d_state: N of the core.
         grid: "full"; "pool": one route reads the volume, the others a smaller one; "phase": interleaved sub-grids;
