@@ -20,9 +20,9 @@ def broken(name: str) -> type:
     raise RuntimeError("operator torchvision::nms does not exist")
 
 
-@pytest.mark.parametrize("name", TRAINERS)
-def test_our_names_need_no_look_up(name):
-    assert find_trainer(name, broken) is TRAINERS[name]
+def test_our_names_need_no_look_up():
+    assert len(TRAINERS) > 1000
+    assert all(find_trainer(name, broken) is TRAINERS[name] for name in TRAINERS)
 
 
 def test_other_names_are_left_to_nnunet():
