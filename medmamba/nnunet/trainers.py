@@ -227,15 +227,15 @@ def _trainer(name: str, variant: TrainerVariant) -> type[MambaTrainer]:
 
 
 class _Trainers(Mapping[str, type[MambaTrainer]]):
-    """The classes, each made when it is first asked for: there are thousands of names."""
+    """The classes, each made when it is first asked for (``made``): there are thousands of names."""
 
     def __init__(self) -> None:
-        self._made: dict[str, type[MambaTrainer]] = {}
+        self.made: dict[str, type[MambaTrainer]] = {}
 
     def __getitem__(self, name: str) -> type[MambaTrainer]:
-        if name not in self._made:
-            self._made[name] = _trainer(name, TRAINER_VARIANTS[name])
-        return self._made[name]
+        if name not in self.made:
+            self.made[name] = _trainer(name, TRAINER_VARIANTS[name])
+        return self.made[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(TRAINER_VARIANTS)

@@ -31,7 +31,7 @@ def test_a_trained_folder_becomes_a_package(
 
     from medmamba.nnunet.trainers import TRAINERS
 
-    monkeypatch.setitem(TRAINERS, "nnUNetTrainer", nnUNetTrainer)
+    monkeypatch.setitem(TRAINERS.made, "nnUNetTrainer", nnUNetTrainer)
     training = make_trainer(trainer, tiny_plans if trainer != "nnUNetTrainer" else stock_plans)
     training.num_epochs, training.num_iterations_per_epoch, training.num_val_iterations_per_epoch = 1, 2, 1
     monkeypatch.setattr(training, "perform_actual_validation", lambda *_: None)
