@@ -188,7 +188,7 @@ def test_the_wheel_changes_nothing_that_is_installed_already(offline_wheel, tmp_
     assert names <= {"medmamba", "argparse"}
 
 
-@pytest.mark.slow
+@pytest.mark.nightly  # builds what the sdist built, for the way of people who work on medmamba
 def test_an_editable_installation_finds_the_library(sources, builder, tmp_path):
     options = ["--no-build-isolation", "--no-deps", "--no-index", "--editable"]
     call(builder, "-m", "pip", "install", *options, sources, MEDMAMBA_REQUIRE_NATIVE="1")

@@ -404,8 +404,17 @@ MEMORY_CASES = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("case", MEMORY_CASES.values(), ids=MEMORY_CASES.keys())
+#: Those with the most that can go wrong at once; the others run nightly.
+TELLING = ("resampled", "many classes")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=name, marks=pytest.mark.slow if name in TELLING else pytest.mark.nightly)
+        for name, case in MEMORY_CASES.items()
+    ],
+)
 def test_a_prediction_holds_as_much_memory_as_foretold(make_trained, plans_of, tmp_path, case):
     plans = {**plans_of("PlainConvUNet"), "image_reader_writer": case.reader}
     for configuration in plans["configurations"].values():
