@@ -166,7 +166,8 @@ class Table:
         with (work / f"{name}.log").open("w") as log:
             done = subprocess.run(
                 [sys.executable, self.script, "--train", dataset, json.dumps(asdict(arm)), str(seed)],
-                env={**os.environ, "nnUNet_results": str(results)},
+                # Every seed has results of its own, so the teacher lies elsewhere than its plans say.
+                env={**os.environ, "nnUNet_results": str(results), "MEDMAMBA_TEACHER": arm.teacher},
                 stdout=log,
                 stderr=log,
                 check=False,
