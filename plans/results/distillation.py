@@ -77,7 +77,8 @@ def measure(work: Path, teacher: Path) -> Iterator[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as scratch:
         networks = []
         for number, (label, seed, folder) in enumerate(run_folders(work, teacher)):
-            export_model(folder, Path(scratch) / str(number), folds=[FOLD])
+            # The stock trainer with a schedule of its own builds what the plans name.
+            export_model(folder, Path(scratch) / str(number), folds=[FOLD], trust_plans=True)
             model = load_model(Path(scratch) / str(number))
             predictor = ModelPredictor(model, **asdict(PRESETS[PRESET]))
             predictor.prepare()
