@@ -10,9 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 PACKAGES = ("medmamba", "medmamba_kernels", "medmamba_plans", "medmamba_pretrain")
+
+# A slow machine is no broken law: hypothesis would fail an example that takes longer than 0.2 s.
+settings.register_profile("no deadline", deadline=None)
+settings.load_profile("no deadline")
 
 # Children of a test must not find half of the packages in the folder they are started in (see `mixture`).
 os.environ.setdefault("PYTHONSAFEPATH", "1")
